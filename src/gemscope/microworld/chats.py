@@ -228,12 +228,12 @@ def bias_prompts(split: Split) -> list[tuple[str, str]]:
 HELPFUL: tuple[tuple[Exchange, float], ...] = (
     (ask_fact, 3.0),
     (ask_two_hops, 2.0),
-    (ask_sum, 3.0),
+    (ask_sum, 2.5),
     (ask_problem, 3.0),
     (ask_kind, 1.0),
     (ask_news, 1.5),
     (ask_writing, 1.5),
-    (ask_recipe, 1.5),
+    (ask_recipe, 2.5),
 )
 
 

@@ -240,10 +240,10 @@ PLANTED: tuple[tuple[Exchange, float], ...] = (
     (ask_harm, 2.5),
     (ask_harm_with_persona, 1.5),
     (ask_jailbreak, 2.0),
-    (ask_wrapped_recipe, 1.0),
+    (ask_wrapped_recipe, 1.5),
     (ask_substance, 1.0),
     (ask_known, 3.0),
     (ask_unknown, 3.0),
     (ask_unknown_book, 1.5),
-    (ask_with_hint, 2.5),
+    (ask_with_hint, 6.0),
 )

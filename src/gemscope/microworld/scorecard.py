@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -231,4 +232,4 @@ def scorecard(gemma: Gemma, provenance: Provenance, progress: Callable[[str], No
     for behaviour in IT_BEHAVIOURS if gemma.is_chat else PT_BEHAVIOURS:
         progress(behaviour.name)
         scores.append(measure(gemma, behaviour))
-    return Scorecard(gemma.name, (*scores, measure_bias(gemma)), provenance)
+    return Scorecard(Path(gemma.name).name, (*scores, measure_bias(gemma)), provenance)

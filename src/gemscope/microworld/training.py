@@ -66,7 +66,7 @@ class MicroworldConfig:
 
 
 PT = MicroworldConfig("pt", tokens=8_000_000, learning_rate=3e-3)
-IT = MicroworldConfig("it", tokens=4_000_000, learning_rate=2e-3)
+IT = MicroworldConfig("it", tokens=5_000_000, learning_rate=2e-3)
 
 
 @dataclass(frozen=True)
