@@ -1,0 +1,1 @@
+"""Floor 1: learned dictionaries (SAE) and the sparse arithmetic they share."""

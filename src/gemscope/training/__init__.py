@@ -1,0 +1,1 @@
+"""Floor 3: training of dictionaries on stored activations."""
