@@ -1,0 +1,63 @@
+"""The table of measures, one line per dictionary, in 80 columns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gemscope.cli.inputs import DEFAULT_MODEL
+from gemscope.evaluation.concepts import FOUND_AUROC, MIN_POSITIVES
+from gemscope.evaluation.evaluate import Evaluation
+from gemscope.suites.suite import Suite
+
+_COLUMNS = ("site", "L0", "FVU", "Δ loss", "recovered", "dead", "alive", "concepts")
+
+
+def evaluations(measured: Sequence[Evaluation], target_l0: float | None) -> RenderableType:
+    """The table and, under it, what its columns mean."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name == "site" else "right", no_wrap=True)
+    for evaluation in measured:
+        table.add_row(*_cells(evaluation))
+    first = measured[0]
+    target = "" if target_l0 is None else f" (target {target_l0:g})"
+    notes = [
+        f"L0         active latents per token{target}, over {first.fidelity.rows:,} held-out tokens",
+        "FVU        fraction of variance unexplained: 0 is perfect, 1 is the mean",
+        f"Δ loss     nats lost when spliced in, over {first.loss.predictions:,} predictions",
+        "recovered  share of the loss of ablating the site to its mean",
+    ]
+    if first.concepts is not None:
+        notes.append(f"concepts   found (AUROC ≥ {FOUND_AUROC:g}) of those with ≥ {MIN_POSITIVES} held-out tokens")
+    return Group(table, Text(), *(Text(note, style="dim") for note in notes))
+
+
+def next_steps(suite: Suite, model: str, folder: Path | None, *, chat: bool) -> RenderableType:
+    """What to do with a fresh suite; ``chat`` says whether the model is instruction-tuned."""
+    where = f" --suite {folder}" if folder is not None else "" if model == DEFAULT_MODEL else f" --model {model}"
+    commands = [
+        f'look{where} "The capital of France is Paris."',
+        *([f'look{where} --chat "What is the capital of Japan?"'] if chat else []),
+        f"look{where} --layer {suite.sites[0].layer} --json < text.txt",
+    ]
+    lines = [f"The suite is in {suite.folder}. Look at a text through it:", ""]
+    lines += [f"  gemscope {command}" for command in commands]
+    return Group(Text(), *(Text(line) for line in lines))
+
+
+def _cells(evaluation: Evaluation) -> list[str]:
+    fidelity, loss, concepts = evaluation.fidelity, evaluation.loss, evaluation.concepts
+    recovered = loss.recovered_mean
+    return [
+        str(evaluation.site),
+        f"{fidelity.l0:.1f}",
+        f"{fidelity.fvu:.4f}",
+        f"{loss.delta_loss:.4f}",
+        "–" if recovered is None else f"{100 * recovered:.1f}%",
+        str(fidelity.dead),
+        str(fidelity.alive),
+        "–" if concepts is None else f"{concepts.found}/{len(concepts.scores)}",
+    ]

@@ -1,0 +1,50 @@
+"""What a quickstart builds, as one value."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gemscope.core.sites import Site
+from gemscope.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """One SAE per layer from one harvest; the defaults suit the microworld models and take minutes on two
+    cores.
+    """
+
+    site: str = "resid_post"
+    """Which site is read in every layer."""
+    tokens: int = 350_000
+    """Content tokens to harvest."""
+    heldout_tokens: int = 40_000
+    """Content tokens that fidelity and concepts are measured on."""
+    splice_tokens: int = 12_000
+    """Of these, tokens whose loss is measured with the reconstruction spliced in."""
+    d_sae: int = 1024
+    """Latents per dictionary."""
+    target_l0: float = 20.0
+    """Active latents per token to aim for."""
+    steps: int = 600
+    """Updates of every dictionary."""
+    batch_size: int = 2048
+    """Tokens per update."""
+    batch_tokens: int = 2048
+    """Positions in one forward pass of the model, padding included."""
+    seed: int = 0
+    """Of the texts, the first weights and the order of the rows."""
+
+    def train_config(self, site: Site) -> TrainConfig:
+        """How the dictionary at one site is trained."""
+        return TrainConfig(
+            site=site,
+            d_sae=self.d_sae,
+            target_l0=self.target_l0,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)

@@ -1,0 +1,68 @@
+"""The text that a suite is made from: generated documents as the model's tokens, with the concepts of each
+token.
+
+Any model can read it; how much a measure on it says about another model than the microworld is another
+question.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gemscope.activations.harvest import Progress
+from gemscope.core.errors import InputError
+from gemscope.evaluation.concepts import ConceptLabels
+from gemscope.microworld.concepts import CONCEPTS
+from gemscope.microworld.corpus import Kind, documents
+from gemscope.microworld.documents import Document
+from gemscope.microworld.labels import token_concepts
+from gemscope.microworld.splits import Split
+from gemscope.models.gemma import Gemma
+from gemscope.models.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """Held-out documents and what is true of their tokens."""
+
+    items: list[Tokens]
+    labels: ConceptLabels
+
+
+def kind_of(gemma: Gemma) -> Kind:
+    """Chats for an instruction-tuned model, running text for a pretrained one."""
+    return "it" if gemma.is_chat else "pt"
+
+
+def fingerprint(gemma: Gemma, split: Split, seed: int) -> str:
+    """A hash of the first documents with their labels and of the concepts: changes when the generator does."""
+    shown = [repr(document) for document in documents(kind_of(gemma), split, seed, 100)]
+    return hashlib.sha256("\n".join([*CONCEPTS, *shown]).encode()).hexdigest()
+
+
+def training_text(gemma: Gemma, tokens: int, seed: int, progress: Progress | None = None) -> list[Tokens]:
+    """Documents of the training split until they hold ``tokens`` content tokens."""
+    return [item for item, _ in _read(gemma, "train", tokens, seed, progress)]
+
+
+def heldout_text(gemma: Gemma, tokens: int, seed: int) -> LabelledText:
+    """Documents of the held-out split, labelled, until they hold ``tokens`` content tokens."""
+    both = list(_read(gemma, "heldout", tokens, seed, None))
+    marks = [token_concepts(item, document) for item, document in both]
+    return LabelledText([item for item, _ in both], ConceptLabels(tuple(CONCEPTS), marks))
+
+
+def _read(
+    gemma: Gemma, split: Split, tokens: int, seed: int, progress: Progress | None
+) -> Iterator[tuple[Tokens, Document]]:
+    if tokens < 1:
+        raise InputError(f"cannot make a corpus of {tokens} tokens; ask for at least 1.")
+    done = 0
+    for document in documents(kind_of(gemma), split, seed):
+        item = gemma.tokens(document.text)
+        done = min(tokens, done + int(item.content_mask.sum()))
+        yield item, document
+        if progress is not None:
+            progress(done, tokens)
+        if done == tokens:
+            return

@@ -1,0 +1,163 @@
+"""What the latents of one layer say about a text, position by position."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gemscope.core.arrays import Float, Int, Tensor
+from gemscope.core.errors import InputError
+from gemscope.core.sites import Site
+from gemscope.dictionaries.logit_effects import logit_effects
+from gemscope.dictionaries.sae import SAE
+from gemscope.evaluation.concepts import ConceptReport
+from gemscope.models.gemma import Gemma
+from gemscope.models.tokens import Tokens
+from gemscope.suites.pieces import shown
+from gemscope.suites.suite import Suite
+
+NAMED_FROM = 0.4
+"""F1 from which a latent is given a concept's name."""
+
+ANSWER_TOKENS = 64
+"""Length of an answer in a chat, at most."""
+
+
+@dataclass(frozen=True)
+class LatentReading:
+    """One latent that is active at a position."""
+
+    latent: int
+    activation: float
+    concept: str | None
+    """The labelled concept that the latent marks best; None when its F1 is below ``NAMED_FROM``."""
+    concept_f1: float
+    promotes: tuple[str, ...]
+    """Tokens whose logit its decoder direction raises most, strongest first."""
+
+
+@dataclass(frozen=True)
+class PositionReading:
+    """One position of the text; what is not content has no latents: the dictionary never saw any."""
+
+    position: int
+    token: int
+    piece: str
+    """The vocabulary's spelling."""
+    role: str
+    active: int
+    """Number of active latents."""
+    latents: tuple[LatentReading, ...]
+    """The strongest, strongest first."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text read through the dictionary at one site."""
+
+    model: str
+    site: Site
+    d_sae: int
+    text: str
+    """What was read; a chat is rendered with its markers."""
+    answer: str | None
+    """What the model answered, when the text was a user's turn."""
+    fvu: float | None
+    """Fraction of variance unexplained over the content positions; None for fewer than two."""
+    positions: tuple[PositionReading, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"site": str(self.site)}
+
+
+@torch.no_grad()
+def read(
+    gemma: Gemma,
+    suite: Suite,
+    text: str | Tokens,
+    *,
+    layer: int | None = None,
+    top: int = 3,
+    promoted: int = 5,
+    answer: str | None = None,
+) -> Reading:
+    """The ``top`` strongest latents of every content position at a layer (None: the one that finds most
+    concepts).
+
+    ``promoted`` is the number of tokens shown per latent. Raises InputError when the text cannot be read, the
+    suite has no such layer or is of another model.
+    """
+    tokens = gemma.tokens(text) if isinstance(text, str) else text
+    site = suite.best_site() if layer is None else suite.site(layer)
+    dictionary, concepts = suite.dictionary(site), suite.evaluation(site).concepts
+    if dictionary.d_in != gemma.width(site):
+        raise InputError(f"the suite in {suite.folder} is of {suite.model}, not of {gemma.name}; give --suite another.")
+    content = tokens.content_mask.nonzero()[:, 0].cpu()
+    x = gemma.capture(tokens, [site])[site][0].float().cpu()[content]
+    acts = dictionary.encode(x)
+    value, latent = acts.topk(min(top, dictionary.d_sae), dim=1)
+    promotes = _promoted(gemma, dictionary, latent[value > 0].unique(), promoted)
+    strongest = {
+        position: tuple(
+            _latent(int(j), float(a), concepts, promotes) for a, j in zip(value[row], latent[row], strict=True) if a > 0
+        )
+        for row, position in enumerate(content.tolist())
+    }
+    active = dict(zip(content.tolist(), (acts > 0).sum(1).tolist(), strict=True))
+    positions = tuple(
+        PositionReading(i, int(tokens.ids[i]), piece, str(role), active.get(i, 0), strongest.get(i, ()))
+        for i, (piece, role) in enumerate(zip(tokens.pieces, tokens.roles, strict=True))
+    )
+    fvu = _fvu(x, dictionary.decode(acts))
+    return Reading(gemma.name, site, dictionary.d_sae, tokens.text, answer, fvu, positions)
+
+
+def read_chat(
+    gemma: Gemma, suite: Suite, text: str, *, layer: int | None = None, top: int = 3, promoted: int = 5
+) -> Reading:
+    """``text`` as a user's turn, and the model's answer to it (greedy, at most ``ANSWER_TOKENS``), read
+    together.
+
+    Raises InputError when the model is not instruction-tuned, ContextLengthError when no room is left for an
+    answer.
+    """
+    if not gemma.is_chat:
+        raise InputError(f"{gemma.name} is not instruction-tuned, so it has no chat; leave out --chat.")
+    prompt = gemma.chat(text)
+    room = max(1, min(ANSWER_TOKENS, gemma.shape.context - len(prompt)))
+    (answer,) = gemma.generate(prompt, max_new_tokens=room)
+    return read(gemma, suite, answer.tokens, layer=layer, top=top, promoted=promoted, answer=answer.text)
+
+
+def _latent(
+    latent: int, activation: float, concepts: ConceptReport | None, promotes: dict[int, tuple[str, ...]]
+) -> LatentReading:
+    f1 = 0.0 if concepts is None else concepts.latent_f1[latent]
+    name = None if concepts is None or f1 < NAMED_FROM else concepts.latent_concept[latent]
+    return LatentReading(latent, activation, name, f1, promotes[latent])
+
+
+def _promoted(gemma: Gemma, dictionary: SAE, latents: Int[Tensor, "latents"], count: int) -> dict[int, tuple[str, ...]]:
+    """Per latent, the tokens it promotes as a person reads them; the same word with and without a space
+    counts once.
+    """
+    found: dict[int, tuple[str, ...]] = {}
+    gain, unembedding = gemma.final_gain().float().cpu(), gemma.unembedding()
+    for block in latents.split(64):
+        effects = logit_effects(dictionary.W_dec[block], gain, unembedding.cpu())
+        best = effects.topk(min(3 * count, effects.shape[1]), dim=1).indices
+        for latent, ids in zip(block.tolist(), best.tolist(), strict=True):
+            found[latent] = _words(gemma, ids)[:count]
+    return found
+
+
+def _words(gemma: Gemma, ids: Sequence[int]) -> tuple[str, ...]:
+    pieces = gemma.tokenizer.convert_ids_to_tokens(list(ids))
+    return tuple(dict.fromkeys(shown(piece) for piece in pieces if piece))
+
+
+def _fvu(x: Float[Tensor, "rows d_in"], recon: Float[Tensor, "rows d_in"]) -> float | None:
+    spread = float((x - x.mean(0)).double().square().sum()) if len(x) > 1 else 0.0
+    return float((x - recon).double().square().sum()) / spread if spread > 0 else None

@@ -1,0 +1,104 @@
+"""What a reading says, against direct computation."""
+
+import json
+
+import pytest
+import torch
+
+from gemscope.core.errors import InputError
+from gemscope.models.gemma import Gemma
+from gemscope.models.tokens import Role
+from gemscope.suites import reading as module
+from gemscope.suites.pieces import shown
+from gemscope.suites.reading import read, read_chat
+from gemscope.suites.suite import Suite
+
+TEXT = "the capital of France is Paris and we like Lyon"
+
+
+@pytest.fixture(scope="module")
+def suite(tiny_suite):
+    return Suite.open(tiny_suite)
+
+
+@pytest.fixture(scope="module")
+def model(suite):
+    return Gemma.load(suite.model, check=False)
+
+
+def test_the_latents_are_the_strongest_of_the_position(suite, model):
+    got = read(model, suite, TEXT, layer=2, top=4)
+    tokens = model.tokens(TEXT)
+    acts = suite.dictionary(suite.sites[2]).encode(model.capture(tokens, ["resid_post.2"])["resid_post.2"][0])
+    assert got.site == suite.sites[2]
+    for i, position in enumerate(got.positions):
+        assert (position.position, position.piece, position.role) == (i, tokens.pieces[i], tokens.roles[i])
+        if position.role != Role.CONTENT:
+            assert position.latents == ()
+            assert position.active == 0
+            continue
+        assert position.active == int((acts[i] > 0).sum())
+        assert len(position.latents) == min(4, position.active)
+        values = [latent.activation for latent in position.latents]
+        assert values == sorted(values, reverse=True)
+        for latent in position.latents:
+            assert latent.activation == pytest.approx(float(acts[i, latent.latent]), rel=1e-5)
+        assert values[0] == pytest.approx(float(acts[i].max()), rel=1e-5)
+
+
+def test_promoted_tokens_follow_the_final_norm_and_the_unembedding(suite, model):
+    got = read(model, suite, TEXT, layer=1, promoted=3)
+    W_dec = suite.dictionary(suite.sites[1]).W_dec.double()
+    for latent in {latent.latent: latent for p in got.positions for latent in p.latents}.values():
+        weights = (1 + model.model.model.norm.weight.double()) * W_dec[latent.latent]
+        order = (model.model.lm_head.weight.double() @ weights).argsort(descending=True).tolist()
+        words = list(dict.fromkeys(shown(model.tokenizer.convert_ids_to_tokens(i)) for i in order[:40]))
+        assert list(latent.promotes) == words[:3]
+
+
+def test_a_latent_has_the_concept_it_marks_best_and_a_name_only_above_the_bar(suite, model, monkeypatch):
+    report = suite.evaluation(suite.sites[0]).concepts
+    for bar in (0.0, 0.05, 2.0):
+        monkeypatch.setattr(module, "NAMED_FROM", bar)
+        for position in read(model, suite, TEXT, layer=0).positions:
+            for latent in position.latents:
+                assert latent.concept_f1 == report.latent_f1[latent.latent]
+                named = latent.concept_f1 >= bar
+                assert latent.concept == (report.latent_concept[latent.latent] if named else None)
+
+
+def test_the_default_layer_finds_the_most_concepts(suite, model):
+    found = {site: suite.evaluation(site).concepts.found for site in suite.sites}
+    best = suite.best_site()
+    assert found[best] == max(found.values())
+    tied = [site for site in suite.sites if found[site] == found[best]]
+    assert suite.evaluation(best).fidelity.fvu == min(suite.evaluation(site).fidelity.fvu for site in tied)
+    assert read(model, suite, TEXT).site == best
+
+
+def test_a_chat_is_read_with_the_models_own_answer(suite, model):
+    got = read_chat(model, suite, "hello world", layer=1)
+    (answer,) = model.generate(model.chat("hello world"), max_new_tokens=module.ANSWER_TOKENS)
+    assert got.answer == answer.text
+    assert [p.token for p in got.positions] == answer.tokens.ids.tolist()
+    spoken = [p for p in got.positions if p.role == Role.CONTENT]
+    assert len(spoken) == int(answer.tokens.content_mask.sum())
+    assert not any(p.latents for p in got.positions if p.role != Role.CONTENT)
+
+
+def test_a_reading_is_plain_json(suite, model):
+    value = json.loads(json.dumps(read(model, suite, TEXT, layer=3).as_dict()))
+    assert value["site"] == "resid_post.3"
+    assert value["text"] == TEXT
+    assert isinstance(value["positions"][1]["latents"][0]["promotes"][0], str)
+
+
+def test_a_text_of_one_token_has_no_fvu(suite, model):
+    assert read(model, suite, "the").fvu is None
+    x = torch.randn(3, 4)
+    assert module._fvu(x, x) == 0.0
+
+
+def test_a_layer_without_a_dictionary_is_named_with_those_that_have_one(suite, model):
+    with pytest.raises(InputError, match=r"no dictionary at layer 9; its layers are 0, 1, 2, 3"):
+        read(model, suite, TEXT, layer=9)
