@@ -12,6 +12,7 @@ from gemscope.core.errors import ModelError
 from gemscope.core.files import read_json
 from gemscope.models.loading import BUILT_IN, locate
 
+_YES = Text("yes", style="green")
 _TEXT, _WRAPPED, _OLD = "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma2ForCausalLM"
 
 
@@ -72,9 +73,9 @@ def table() -> RenderableType:
     rows.add_column("class", style="dim", no_wrap=True)
     rows.add_column("here", no_wrap=True)
     for model in built_in():
-        rows.add_row(model.name, str(model.layers), f"{model.d_model:,}", model.kind, Text("built in", style="green"))
+        rows.add_row(model.name, str(model.layers), f"{model.d_model:,}", model.kind, _YES)
     for model in KNOWN:
-        here = Text("cached", style="green") if in_cache(model.name) else Text("–", style="dim")
+        here = _YES if in_cache(model.name) else Text("–", style="dim")
         rows.add_row(model.name, str(model.layers), f"{model.d_model:,}", model.kind, here)
     note = "Any other Gemma 2 or 3 works by its hub id or its folder: --model FOLDER"
     return Group(rows, Text(), Text(note, style="dim"))

@@ -15,7 +15,7 @@ class QuickstartConfig:
 
     site: str = "resid_post"
     """Which site is read in every layer."""
-    tokens: int = 350_000
+    tokens: int = 300_000
     """Content tokens to harvest."""
     heldout_tokens: int = 40_000
     """Content tokens that fidelity and concepts are measured on."""
@@ -23,9 +23,9 @@ class QuickstartConfig:
     """Of these, tokens whose loss is measured with the reconstruction spliced in."""
     d_sae: int = 1024
     """Latents per dictionary."""
-    target_l0: float = 20.0
+    target_l0: float = 48.0
     """Active latents per token to aim for."""
-    steps: int = 600
+    steps: int = 500
     """Updates of every dictionary."""
     batch_size: int = 2048
     """Tokens per update."""

@@ -8,12 +8,13 @@ question.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from gemscope.activations.harvest import Progress
 from gemscope.core.errors import InputError
 from gemscope.evaluation.concepts import ConceptLabels
 from gemscope.microworld.concepts import CONCEPTS
-from gemscope.microworld.corpus import Kind, documents
+from gemscope.microworld.corpus import documents
 from gemscope.microworld.documents import Document
 from gemscope.microworld.labels import token_concepts
 from gemscope.microworld.splits import Split
@@ -29,14 +30,17 @@ class LabelledText:
     labels: ConceptLabels
 
 
-def kind_of(gemma: Gemma) -> Kind:
-    """Chats for an instruction-tuned model, running text for a pretrained one."""
-    return "it" if gemma.is_chat else "pt"
+def texts(gemma: Gemma, split: Split, seed: int) -> Iterator[Document]:
+    """An endless stream of documents: running text, and chats in turn with it for an instruction-tuned model."""
+    running = documents("pt", split, seed)
+    if not gemma.is_chat:
+        return running
+    return (document for pair in zip(documents("it", split, seed), running, strict=True) for document in pair)
 
 
 def fingerprint(gemma: Gemma, split: Split, seed: int) -> str:
     """A hash of the first documents with their labels and of the concepts: changes when the generator does."""
-    shown = [repr(document) for document in documents(kind_of(gemma), split, seed, 100)]
+    shown = [repr(document) for document in islice(texts(gemma, split, seed), 100)]
     return hashlib.sha256("\n".join([*CONCEPTS, *shown]).encode()).hexdigest()
 
 
@@ -58,7 +62,7 @@ def _read(
     if tokens < 1:
         raise InputError(f"cannot make a corpus of {tokens} tokens; ask for at least 1.")
     done = 0
-    for document in documents(kind_of(gemma), split, seed):
+    for document in texts(gemma, split, seed):
         item = gemma.tokens(document.text)
         done = min(tokens, done + int(item.content_mask.sum()))
         yield item, document

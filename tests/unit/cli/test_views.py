@@ -120,6 +120,8 @@ def test_the_next_steps_name_the_suite_only_where_needed(model, folder, expected
 
 def test_the_models_fit_and_are_all_of_gemma_2_and_3():
     lines = drawn(models.table())
+    assert lines[0].split() == ["model", "layers", "d_model", "class", "here"]
+    assert [line.split()[-1] for line in lines if line.startswith("microworld")] == ["yes", "yes"]
     assert max(map(cell_len, lines)) <= 80
     for size in ("270m", "1b-pt", "4b-it", "12b-pt", "27b-it"):
         assert any(f"google/gemma-3-{size}" in line for line in lines)
