@@ -44,12 +44,14 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def gemscope() -> Command:
     """Run the program in its own process: ``gemscope("look", "text", stdin=b"...")``."""
 
-    def run(*words: str | bytes, stdin: bytes = b"", shell: str = "") -> subprocess.CompletedProcess[str]:
+    def run(
+        *words: str | bytes, stdin: bytes = b"", shell: str = "", timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
         command: list[str | bytes] = [sys.executable, "-m", "gemscope.cli.main", *words]
         if shell:
             command = ["bash", "-c", f'{shell}; exec "$@"', "bash", *command]
-        done = subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=120)
+        done = subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=timeout)
         return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return run

@@ -11,7 +11,7 @@ from gemscope.suites.quickstart import quickstart
 from gemscope.suites.reading import read, read_chat
 from gemscope.suites.suite import Suite
 
-SMALL = QuickstartConfig(tokens=12_000, heldout_tokens=4000, splice_tokens=1000, d_sae=256, steps=60, batch_size=1024)
+SMALL = QuickstartConfig(tokens=8000, heldout_tokens=3000, splice_tokens=500, d_sae=128, steps=60, batch_size=512)
 
 
 @pytest.mark.parametrize("name", ["microworld-pt", "microworld-it"])
@@ -25,7 +25,7 @@ def test_a_small_quickstart_builds_a_suite_that_can_be_looked_through(name, tmp_
         assert 0 < evaluation.fidelity.fvu < 0.6
         assert evaluation.loss.original < evaluation.loss.spliced < evaluation.loss.mean
         assert evaluation.concepts is not None
-        assert len(evaluation.concepts.scores) >= 20
+        assert len(evaluation.concepts.scores) >= 10
     reading = read(gemma, suite, "The capital of Japan is Tokyo.")
     assert all(position.latents for position in reading.positions if position.role == "content")
     if gemma.is_chat:
@@ -36,7 +36,7 @@ def test_a_small_quickstart_builds_a_suite_that_can_be_looked_through(name, tmp_
 def test_the_full_quickstart_takes_minutes_and_finds_concepts(gemscope, tmp_path):
     folder = tmp_path / "suite"
     started = time.perf_counter()
-    done = gemscope("quickstart", "--out", str(folder))
+    done = gemscope("quickstart", "--out", str(folder), timeout=900)
     seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stderr
     assert seconds < 480

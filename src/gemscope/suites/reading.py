@@ -17,7 +17,7 @@ from gemscope.models.tokens import Tokens
 from gemscope.suites.pieces import shown
 from gemscope.suites.suite import Suite
 
-NAMED_FROM = 0.5
+NAMED_FROM = 0.4
 """F1 from which a latent is given a concept's name."""
 
 ANSWER_TOKENS = 64
