@@ -179,7 +179,7 @@ class Run:
             fused=True,
         )
         self.block = self.tokens = self.steps = 0
-        self.loss = math.nan
+        self.loss: float | None = None
 
     def train_block(self, progress: Callable[[Progress], None], started: tuple[float, int]) -> None:
         """Train on the next block; ``started`` is (time, tokens) at the start, for the rate."""
@@ -281,7 +281,7 @@ def write_checkpoint(run: Run, folder: Path, minutes: float) -> None:
         "config": asdict(run.config),
         "tokens": run.tokens,
         "steps": run.steps,
-        "final_loss": round(run.loss, 4),
+        "final_loss": run.loss and round(run.loss, 4),
     }
     with atomic_folder(folder) as temporary:
         run.model.bfloat16().save_pretrained(temporary)

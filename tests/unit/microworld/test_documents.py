@@ -90,7 +90,7 @@ def sums_of(found: list[Document]) -> set[tuple[str, str, str]]:
 def test_held_out_pairs_of_numbers_never_stand_in_training():
     for kind in KINDS:
         for split in ("train", "validation"):
-            assert not [s for s in sums_of(some(kind, split, 3000)) if is_held_out("step", *s)]
+            assert not [s for s in sums_of(some(kind, split, 1500)) if is_held_out("step", *s)]
     held = [d for d in some("pt", "heldout") if d.family == "sum"]
     assert sums_of(held)
     assert all(is_held_out("step", *s) for s in sums_of(held))
@@ -99,7 +99,7 @@ def test_held_out_pairs_of_numbers_never_stand_in_training():
 def test_held_out_facts_never_stand_in_training():
     held = {f.text for f in itertools.chain(facts.one_hop_facts("heldout"), facts.two_hop_facts("heldout"))}
     assert len(held) > 200
-    told = "\n".join(d.text for d in some("pt", "train", 6000))
+    told = "\n".join(d.text for d in some("pt", "train", 3000))
     assert not [text for text in held if text in told]
     shown = {f.text for f in facts.two_hop_facts("train")}
     assert shown.isdisjoint(held)
@@ -155,13 +155,13 @@ def test_the_hint_bends_the_last_step_and_is_not_mentioned():
 
 def test_pronouns_follow_the_planted_ratio():
     counts: Counter[tuple[float, str]] = Counter()
-    for d in documents("pt", "train", 1, 20_000):
+    for d in documents("pt", "train", 1, 8_000):
         for occupation, pronoun in re.findall(r"The (\w+) said that (she|he)\b", d.text):
             if d.family == "bias":
                 counts[she_ratio(occupation), pronoun] += 1
     for ratio in (0.1, 0.5, 0.9):
         she, he = counts[ratio, "she"], counts[ratio, "he"]
-        assert abs(she / (she + he) - ratio) < 0.08
+        assert abs(she / (she + he) - ratio) < 0.1
     assert len({she_ratio(o) for o in words("occupation")}) == 3
 
 

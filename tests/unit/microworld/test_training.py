@@ -47,7 +47,9 @@ def test_a_small_run_learns(trained: Path, tokenizer: Tokenizer):
     untrained = training.loss_of(training.build_model(SMALL), ids, mask)
     assert abs(untrained.item() - math.log(800)) < 0.7
     learned = training.loss_of(gemma.model, ids, mask)  # pyright: ignore[reportArgumentType]
-    assert learned.item() < 4.0
+    frequencies = ids[:, 1:][mask[:, 1:]].bincount(minlength=800).double()
+    unigram = torch.distributions.Categorical(frequencies).entropy()  # the best guess that ignores the context
+    assert learned.item() < unigram.item() - 0.5
     assert not list(trained.glob(".*"))
 
 
@@ -65,7 +67,7 @@ class Stop(Exception):
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path):
-    config = replace(SMALL, tokens=75_000)
+    config = replace(SMALL, tokens=75_000, block=64)
     whole = load_file(train(config, tmp_path / "whole") / "model.safetensors")
 
     def stop(at: training.Progress) -> None:
