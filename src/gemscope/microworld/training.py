@@ -229,6 +229,8 @@ class Run:
         tensors = read_tensors(folder / "state.safetensors")
         for name, weight in self.model.named_parameters():
             weight.data.copy_(tensors[f"weight.{name}"])
+            if f"exp_avg.{name}" not in tensors:  # saved before the first step
+                continue
             self.optimizer.state[weight] = {
                 "step": torch.tensor(float(state["steps"])),
                 "exp_avg": tensors[f"exp_avg.{name}"],
