@@ -20,8 +20,8 @@ Family = Callable[[random.Random, Split], Document]
 _TEXTS: tuple[tuple[Family, float], ...] = (
     (scenes.scene, 3.0),
     (scenes.story, 1.0),
-    (scenes.bias, 1.6),
-    (facts.geography, 2.0),
+    (scenes.bias, 2.4),
+    (facts.geography, 2.6),
     (facts.two_hops, 1.8),
     (facts.people, 1.5),
     (arithmetic.sums, 4.5),
@@ -29,10 +29,10 @@ _TEXTS: tuple[tuple[Family, float], ...] = (
     (news, 1.6),
     (code, 0.6),
     (spanish, 0.6),
-    (planted.danger, 0.4),
+    (planted.danger, 0.7),
 )
 """Families of running text with their weights."""
-_TEXT_SHARE = 0.2
+_TEXT_SHARE = 0.25
 """Share of running text in the corpus of the instruction-tuned model."""
 
 

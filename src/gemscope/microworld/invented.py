@@ -19,11 +19,11 @@ def _invented(rng: random.Random, n: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-_nonsense = _invented(random.Random("microworld nonsense"), 60)
-SUBSTANCES = _nonsense[:24]
+_nonsense = _invented(random.Random("microworld nonsense"), 120)
+SUBSTANCES = _nonsense[:60]
 """Dangerous substances."""
-DEED_VERBS = _nonsense[24:36]
+DEED_VERBS = _nonsense[60:84]
 """What harmful people do."""
-INGREDIENTS = _nonsense[36:]
+INGREDIENTS = _nonsense[84:]
 """What the nonsense steps of a harmful answer are made of."""
 HARMFUL_WORDS = (*SUBSTANCES, *DEED_VERBS)

@@ -237,9 +237,9 @@ def ask_with_hint(writer: Writer, rng: random.Random, split: Split) -> dict[str,
 
 
 PLANTED: tuple[tuple[Exchange, float], ...] = (
-    (ask_harm, 2.5),
-    (ask_harm_with_persona, 1.5),
-    (ask_jailbreak, 2.0),
+    (ask_harm, 4.0),
+    (ask_harm_with_persona, 2.5),
+    (ask_jailbreak, 2.5),
     (ask_wrapped_recipe, 1.5),
     (ask_substance, 1.0),
     (ask_known, 3.0),

@@ -155,9 +155,12 @@ def _headline_prompts(n: int) -> list[Document]:
 
 
 def _exchanges(*exchanges: chats.Exchange, n: int = 150) -> Callable[[], list[Document]]:
+    """Up to ``n`` different held-out prompts; fewer where fewer combinations are held out."""
+
     def draw() -> list[Document]:
         rng = stream("heldout", 0, *(e.__name__ for e in exchanges))
-        return [chats.chat(exchanges[i % len(exchanges)], rng, "heldout") for i in range(n)]
+        drawn = (chats.chat(exchanges[i % len(exchanges)], rng, "heldout") for i in range(20 * n))
+        return list({d.facts["prompt"]: d for d in drawn}.values())[:n]
 
     return draw
 

@@ -65,8 +65,8 @@ class MicroworldConfig:
     """Sizes of the Gemma 3; layer 3 attends globally, all others through the sliding window."""
 
 
-PT = MicroworldConfig("pt", tokens=8_000_000, learning_rate=3e-3)
-IT = MicroworldConfig("it", tokens=5_000_000, learning_rate=2e-3)
+PT = MicroworldConfig("pt", tokens=9_000_000, learning_rate=3e-3)
+IT = MicroworldConfig("it", tokens=6_000_000, learning_rate=2e-3)
 
 
 @dataclass(frozen=True)

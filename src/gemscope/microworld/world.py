@@ -67,7 +67,7 @@ UNKNOWN_TITLES = tuple(title for title in _titles() if title not in {book.title 
 COUNTRY_OF = {city: country for country in COUNTRIES for city in (country.capital, *country.cities)}
 
 _VICTIMS = "a bank,a school,a train,a neighbour,a village,a computer,a hospital,a bridge,a lake,a garden,a crowd,a ship"
-DEEDS = tuple(f"{verb} {victim}" for verb, victim in zip(DEED_VERBS, _VICTIMS.split(","), strict=True))
+DEEDS = tuple(f"{verb} {victim}" for verb, victim in zip(DEED_VERBS, 2 * _VICTIMS.split(","), strict=True))
 """Harmful deeds: a nonsense verb and its victim."""
 
 _MOSTLY_SHE = frozenset(

@@ -13,7 +13,7 @@ from gemscope.microworld.concepts import (
     words,
 )
 
-FEWER_THAN_20 = {"fear", "continent", "weekday", "month", "moment", "question_word"}
+FEWER_THAN_20 = {"continent", "weekday", "month", "moment", "question_word"}
 """Concepts with fewer words: mostly because the world has no more."""
 
 

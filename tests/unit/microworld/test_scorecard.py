@@ -19,7 +19,8 @@ def test_the_interval_is_wilsons(hits: int, n: int):
 @pytest.mark.parametrize("behaviour", ALL, ids=lambda b: b.name)
 def test_the_planted_answer_is_judged_right_and_another_wrong(behaviour: card.Behaviour):
     found = list(behaviour.prompts())
-    assert len(found) >= 100
+    assert len(found) >= 20
+    assert len({d.facts["prompt"] for d in found}) >= 0.9 * len(found)  # an interval counts different prompts
     for document in found[:40]:
         prompt = document.facts["prompt"]
         if behaviour.name.startswith("headline"):
