@@ -8,11 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gemscope.activations.plan import FORMAT, VERSION, Plan
 from gemscope.activations.shards import ShardWriter, header, tensor_bytes
-from gemscope.activations.statistics import SiteStatistics, added
+from gemscope.activations.statistics import SiteStatistics, Vector, added
 from gemscope.activations.units import record_name, statistics_name
 from gemscope.core.errors import FormatError
 from gemscope.core.files import atomic_path, read_json, read_tensors, write_json
@@ -93,5 +91,5 @@ def write_statistics(path: Path, sums: Mapping[Site, SiteStatistics]) -> None:
         writer.finish(head)
 
 
-def _moments(one: SiteStatistics) -> list[tuple[str, np.ndarray[Any, np.dtype[np.float64]]]]:
+def _moments(one: SiteStatistics) -> list[tuple[str, Vector]]:
     return [("mean", one.mean), ("second_moment", one.second_moment)]

@@ -8,6 +8,7 @@ Notable:
 
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -121,10 +122,24 @@ def planned(
     if not path.is_file():
         if folder.is_dir() and any(not one.name.startswith(".") for one in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no store; choose another folder with --out.")
-        write_json(path, make_plan(gemma, source, config, about).as_dict())
+        _write_once(path, make_plan(gemma, source, config, about).as_dict())
     plan = Plan.read(folder)
     check_same(plan, resolved(gemma, source, config), folder)
     return plan
+
+
+def _write_once(path: Path, value: Any) -> None:
+    """Write a file unless it is there: of several that come at once the first wins."""
+    own = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    write_json(own, value)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def estimate(gemma: Gemma, plan: Plan, folder: Path) -> Estimate:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from gemscope.activations.shards import FileRecord
 from gemscope.core.errors import FormatError
@@ -28,6 +28,7 @@ _WAIT = 0.2
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Place(Protocol):
     """Gives files of a store by their name, such as ``acts/resid_post.3/000000.safetensors``."""
 

@@ -46,8 +46,8 @@ class HarvestConfig:
     """Rows to harvest, as near as whole documents come to it; None: the whole source."""
     context: int = 1024
     """Tokens that the model reads at once; longer documents are cut."""
-    dtype: Dtype = "bfloat16"
-    """What is stored."""
+    dtype: str = "bfloat16"
+    """What is stored: ``bfloat16`` or ``float32``."""
     bucket_rows: int | None = None
     """Rows that are shuffled together; None: a bucket of all sites takes 1 GiB, and at most 1,048,576 rows."""
     unit_rows: int | None = None

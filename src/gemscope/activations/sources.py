@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from gemscope.core.errors import InputError
 from gemscope.core.extras import need
@@ -253,7 +253,16 @@ def document_of(value: Any, column: str, where: str) -> Text:
     return tuple(turns)
 
 
-def spooled(stream: BinaryIO, folder: Path) -> "TextFiles | JsonLines":
+@runtime_checkable
+class Readable(Protocol):
+    """Bytes that can be read once."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most ``size`` of them; none at the end."""
+        ...
+
+
+def spooled(stream: Readable, folder: Path) -> "TextFiles | JsonLines":
     """A stream that can be read once, kept in a file: JSON lines when its first line is an object, else one document
     a line.
 

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -38,6 +38,7 @@ class Pool:
     origin: Origin | None
 
 
+@runtime_checkable
 class PoolReader(Protocol):
     """Gives pools by their number. A pool's memory is used again after the next one."""
 

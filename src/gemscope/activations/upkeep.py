@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gemscope.activations import locks
 from gemscope.activations.finishing import finish, manifest, read_record, unit_statistics
@@ -211,7 +212,7 @@ def _take_unit(folder: Path, plan: Plan, old: int, into: Path, new: int, documen
     write_json(into / record_name(new), {**record, "unit": new, "documents": span, "files": files})
 
 
-def _write(path: Path, head: bytes, arrays: Sequence[np.ndarray[Any, Any]]) -> FileRecord:
+def _write(path: Path, head: bytes, arrays: Sequence[npt.NDArray[Any]]) -> FileRecord:
     with atomic_path(path) as part:
         writer = ShardWriter(part, len(head))
         try:

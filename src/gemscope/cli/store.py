@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -89,7 +89,7 @@ def harvest(
         sites=_sites(gemma, site or ["resid_post"], layers),
         tokens=tokens if tokens is not None or texts or dataset else 1_000_000,
         context=context,
-        dtype=cast(Any, dtype),
+        dtype=dtype,
         bucket_rows=bucket_rows,
         unit_rows=unit_rows,
         batch_tokens=batch_tokens,

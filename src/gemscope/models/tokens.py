@@ -156,7 +156,7 @@ class Vocabulary:
         plain = [i for i, text in enumerate(texts) if text and not _MARKER.search(text) and self.bos not in text]
         try:
             encodings = self._backend.encode_batch_fast([texts[i] for i in plain], add_special_tokens=False)
-        except UnicodeEncodeError:  # one of them is no text: leave it to the long way
+        except (UnicodeEncodeError, TypeError):  # one of them is no text: leave it to the long way
             plain, encodings = [], []
         for i, encoding in zip(plain, encodings, strict=True):
             ids = torch.tensor([self.bos_id, *encoding.ids], dtype=torch.long)
