@@ -67,7 +67,8 @@ class _Moved:
     sums: dict[Site, Tensor]
     outlier: Bool[Tensor, "rows"]
     place: Int[Tensor, "rows"]
-    ready: torch.cuda.Event | None
+    ready: list[torch.cuda.Event]
+    """One for every CUDA device that rows come from."""
 
 
 def capacity(plan: Plan) -> int:
@@ -143,17 +144,14 @@ def _start(gemma: Gemma, plan: Plan, one: PieceBatch, place: Int[Tensor, "rows"]
             keep = ~outlier.to(norms.device)
             stored, squared, norms = stored[keep], squared[keep], norms[keep]
         sums[site] = statistics.of_rows(stored, squared, norms)
-    cuda = gemma.device.type == "cuda"
-    moved = _Moved(
+    devices = {x.device for x in (*rows.values(), outlier)}
+    return _Moved(
         {site: _to_host(x) for site, x in rows.items()},
         {site: _to_host(x) for site, x in sums.items()},
         _to_host(outlier),
         place,
-        torch.cuda.Event() if cuda else None,
+        [torch.cuda.current_stream(device).record_event() for device in devices if device.type == "cuda"],
     )
-    if moved.ready is not None:
-        moved.ready.record()
-    return moved
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -167,8 +165,8 @@ def _land(
     moved: _Moved, plan: Plan, into: Bucket, dropped: Bool[Tensor, "total"], sums: list[tuple[int, dict[Site, Tensor]]]
 ) -> None:
     """Put rows that have arrived into their places."""
-    if moved.ready is not None:
-        moved.ready.synchronize()
+    for event in moved.ready:
+        event.synchronize()
     for site, x in moved.rows.items():
         into.data[site].index_copy_(0, moved.place, x)
     dropped[moved.place] = moved.outlier

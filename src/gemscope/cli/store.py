@@ -9,12 +9,22 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from gemscope.activations.harvesting import Slice
+    from gemscope.activations.plan import HarvestConfig
     from gemscope.activations.sources import Source
     from gemscope.models.gemma import Gemma
 
 _ADDRESSES = ("auto", "local")
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)]
+Texts = Annotated[
+    list[str] | None,
+    typer.Argument(help=".txt, .jsonl, .parquet files, '-' for stdin; absent: the microworld.", show_default=False),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Built-in name, model folder or hub id.", show_default="microworld-it"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -38,15 +48,9 @@ def register(app: typer.Typer) -> None:
 
 
 def harvest(
-    texts: Annotated[
-        list[str] | None,
-        typer.Argument(help=".txt, .jsonl, .parquet files, '-' for stdin; absent: the microworld.", show_default=False),
-    ] = None,
+    texts: Texts = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the store.")] = Path("store"),
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Built-in name, model folder or hub id.", show_default="microworld-it"),
-    ] = None,
+    model: Model = None,
     site: Annotated[
         list[str] | None, typer.Option(help="Site, of every layer or of one: mlp_in, resid_post.3.")
     ] = None,
@@ -76,9 +80,9 @@ def harvest(
 
     Stop it at any time; the same command goes on where it was.
     """
-    from gemscope.activations.harvesting import Slice, harvest_to
+    from gemscope.activations.harvesting import Slice
     from gemscope.activations.plan import HarvestConfig
-    from gemscope.cli.harvest_view import HarvestView, dry
+    from gemscope.cli.harvest_view import dry
     from gemscope.cli.inputs import DEFAULT_MODEL
     from gemscope.models.gemma import Gemma
 
@@ -100,31 +104,33 @@ def harvest(
     source = _source(gemma, texts or [], out, dataset, split, column, lines=lines, seed=seed)
     if dry_run:
         return dry(gemma, source, config, out)
+    return _run(out, (name, model_dtype), gemma, source, config, share, ray, workers)
+
+
+def _run(
+    out: Path,
+    model: tuple[str, str | None],
+    gemma: "Gemma",
+    source: "Source",
+    config: "HarvestConfig",
+    share: "Slice",
+    ray: str | None,
+    workers: int,
+) -> None:
+    """Harvest here or on Ray, with a view of it."""
+    from gemscope.activations.cluster import ModelSpec, RayConfig, harvest_on_ray
+    from gemscope.activations.harvesting import harvest_to
+    from gemscope.cli.harvest_view import HarvestView
+
     with HarvestView() as view:
         if ray is None:
             harvest_to(out, gemma, source, config, share=share, progress=view, on_estimate=view.expect)
         else:
-            _on_ray(out, name, model_dtype, gemma, source, config, ray, workers, view)
+            name, dtype = model
+            spec = ModelSpec(str(Path(name).resolve()) if Path(name).is_dir() else name, gemma.revision, dtype)
+            where = RayConfig(address=None if ray == "local" else ray, workers=workers)
+            harvest_on_ray(out, spec, gemma, source, config, where, progress=view, on_estimate=view.expect)
     view.end(out)
-    return None
-
-
-def _on_ray(
-    out: Path,
-    name: str,
-    dtype: str | None,
-    gemma: "Gemma",
-    source: "Source",
-    config: Any,
-    address: str,
-    workers: int,
-    view: Any,
-) -> None:
-    from gemscope.activations.cluster import ModelSpec, RayConfig, harvest_on_ray
-
-    spec = ModelSpec(str(Path(name).resolve()) if Path(name).is_dir() else name, gemma.revision, dtype)
-    where = RayConfig(address=None if address == "local" else address, workers=workers)
-    harvest_on_ray(out, spec, gemma, source, config, where, progress=view, on_estimate=view.expect)
 
 
 def _sites(gemma: "Gemma", names: list[str], layers: str | None) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ def s3(folder):
     server.start()
     host, port = server.get_host_and_port()
     direct = fsspec.filesystem("s3", **options(port))
-    direct.mkdir("activations")
+    direct.call_s3("create_bucket", Bucket="activations")
     direct.put(str(folder), "activations/s", recursive=True)
     proxy = Dropping(port)
     proxy.start()

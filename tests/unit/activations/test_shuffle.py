@@ -118,9 +118,9 @@ def test_every_row_comes_once_and_belongs_to_its_token(store, text):
     live = LiveActivations.of(small.model(), text, replace(CONFIG, dtype="float32"), pool_rows=8000)
     table = {}
     for shard in store.shards:
-        origin = store.origin(shard.unit)
-        for row, key in enumerate(zip(origin.doc.tolist(), origin.pos.tolist(), strict=True)):
-            table[key] = int(origin.token[row]), store.shard(SITE, shard.unit)[row].float()
+        origin, acts = store.origin(shard.unit), store.shard(SITE, shard.unit).float()
+        keys = zip(origin.doc.tolist(), origin.pos.tolist(), strict=True)
+        table |= dict(zip(keys, zip(origin.token.tolist(), acts, strict=True), strict=True))
     seen = []
     stream = live.stream([SITE], 500, epochs=1)
     for batch in stream:
