@@ -9,6 +9,7 @@ Notable:
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -17,7 +18,7 @@ import torch
 from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 
-from gemscope.core.arrays import Float, Int, Tensor
+from gemscope.core.arrays import Bool, Float, Int, Tensor
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -43,6 +44,11 @@ class Support:
     def by_latent(self) -> tuple[Int[Tensor, " entries"], Int[Tensor, " d_sae_plus_1"]]:
         """The order that sorts the entries by latent, and where each latent's entries then start."""
         return torch.sort(self.latents, stable=True)[1], _offsets(self.latents, self.d_sae)
+
+    def between(self, first: int, last: int) -> tuple["Support", Bool[Tensor, " entries"]]:
+        """The entries of latents ``first`` to ``last`` - 1, and which entries they are."""
+        inside = (self.latents >= first) & (self.latents < last)
+        return Support(self.rows[inside], self.latents[inside], self.batch, self.d_sae), inside
 
     def per_row(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " batch"]:
         """Sum of the entries of each row; differentiable."""
@@ -152,3 +158,18 @@ def decode_sparse(
 ) -> Float[Tensor, "batch d_out"]:
     """The sparse codes times W_dec (no bias); differentiable in ``values`` and ``W_dec``."""
     return cast(Tensor, _Decode.apply(values, W_dec, support))
+
+
+def decode_prefixes(
+    support: Support, values: Float[Tensor, " entries"], W_dec: Float[Tensor, "d_sae d_out"], prefixes: Sequence[int]
+) -> list[Float[Tensor, "batch d_out"]]:
+    """``decode_sparse`` of the first ``p`` latents only, for each ``p`` of ascending ``prefixes``.
+
+    Each entry is decoded once: a prefix adds its own latents to the prefix before it.
+    """
+    found: list[Tensor] = []
+    for first, last in zip([0, *prefixes], prefixes, strict=False):
+        part, inside = support.between(first, last)
+        added = decode_sparse(part, values[inside], W_dec)
+        found.append(found[-1] + added if found else added)
+    return found

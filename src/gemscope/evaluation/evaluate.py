@@ -187,7 +187,7 @@ def _measure(
         progress(done, total)
     fidelity, concepts = sums.result(), None
     if labels is not None:
-        concepts = score_concepts(ActiveEntries.stack(entries), torch.cat(marks), labels.names)
+        concepts = score_concepts(ActiveEntries.stack(entries), torch.cat(marks), labels.names, labels.passages)
     return fidelity, sums.mean.float(), concepts
 
 

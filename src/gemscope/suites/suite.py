@@ -104,7 +104,7 @@ class Suite:
 
         def rank(site: Site) -> tuple[int, float]:
             evaluation = self.evaluation(site)
-            found = 0 if evaluation.concepts is None else evaluation.concepts.found
+            found = 0 if evaluation.concepts is None else evaluation.concepts.found[0]
             return found, -evaluation.fidelity.fvu
 
         return max(self.sites, key=rank)
