@@ -15,7 +15,7 @@ from gemscope.core.errors import FormatError, SiteError
 from gemscope.core.files import atomic_folder, read_json, read_tensors, write_json, write_tensors
 from gemscope.core.provenance import Provenance
 from gemscope.core.sites import Site
-from gemscope.dictionaries.sae import SAE, TENSORS
+from gemscope.dictionaries.sae import SAE
 
 FORMAT = "gemscope.dictionary"
 VERSION = 1
@@ -23,6 +23,13 @@ WEIGHTS_FILE = "dictionary.safetensors"
 CONFIG_FILE = "dictionary.json"
 
 _DTYPE = "float32"
+TENSORS: dict[str, tuple[str, ...]] = {
+    "W_enc": ("d_in", "d_sae"),
+    "b_enc": ("d_sae",),
+    "W_dec": ("d_sae", "d_in"),
+    "b_dec": ("d_in",),
+    "threshold": ("d_sae",),
+}
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "format": str,
     "version": int,
@@ -136,7 +143,8 @@ def load(folder: Path | str, device: str = "cpu") -> Loaded:
     _check_finite(tensors, str(path))
     if (tensors["threshold"] < 0).any():
         raise FormatError(f"{path} holds a negative threshold; a JumpReLU needs 0 or more, so save it again.")
-    return Loaded(SAE(**tensors), config)
+    W_enc, b_enc, W_dec, b_dec, threshold = (tensors[name] for name in TENSORS)
+    return Loaded(SAE(W_enc, b_enc, W_dec, b_dec, threshold), config)
 
 
 def read_config(folder: Path | str) -> DictionaryConfig:

@@ -123,9 +123,11 @@ class Learner:
 
         ``x`` are raw calibration rows; the mean L0 becomes the target's.
         """
-        sae = SAE(**{name: tensor.detach().clone() for name, tensor in self.weights.items()})
+        W_enc, b_enc, W_dec, b_dec, threshold = (tensor.detach().clone() for tensor in self.weights.values())
+        sae = SAE(W_enc, b_enc, W_dec, b_dec, threshold)
         sae = sae.fold_pre_bias().fold_scale(self.moments.scale)
         factor = threshold_factor(sae, x, self.config.target_l0)
+        assert sae.threshold is not None
         sae.threshold.mul_(factor)
         return sae, factor
 
