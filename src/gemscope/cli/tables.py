@@ -34,7 +34,7 @@ def evaluations(measured: Sequence[Evaluation], target_l0: float | None) -> Rend
         notes.append(
             f"concepts   with a latent of AUROC ≥ {FOUND_AUROC:g}, of those with ≥ {MIN_POSITIVES} held-out tokens"
         )
-        notes.append("passages   the same for labels of whole passages: kinds of text, planted behaviours")
+        notes.append("passages   the same for labels of whole passages: kinds of text, planted faults")
     return Group(table, Text(), *(Text(note, style="dim") for note in notes))
 
 

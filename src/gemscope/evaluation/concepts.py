@@ -29,7 +29,7 @@ from gemscope.core.errors import InputError
 MIN_POSITIVES = 20
 FOUND_AUROC = 0.9
 """A concept counts as found when some latent reaches this AUROC."""
-NAMED_SHARE = 0.5
+NAMED_SHARE = 0.4
 """A latent is named after a concept that holds this share of its activation ..."""
 NAMED_LIFT = 3.0
 """... and at least this many times the concept's share of the rows."""

@@ -116,12 +116,12 @@ def test_a_name_is_the_concept_that_a_latents_activation_falls_on_most_exclusive
     labels[:10, 0], labels[:40, 1], labels[:80, 2] = True, True, True
     acts = torch.zeros(100, 4)
     acts[0, 0], acts[20, 0] = 5.0, 1.0  # 5/6 on mammals, all on animals: lifts 8.3 and 2.5
-    acts[0, 1], acts[1, 1], acts[20, 1] = 1.0, 1.0, 3.0  # 2/5 on mammals: too little; animals: lift too small
+    acts[0, 1], acts[1, 1], acts[20, 1] = 1.0, 1.0, 4.0  # 2/6 on mammals: too little; animals: lift too small
     acts[:40, 2] = 1.0  # animals, at a lift of 2.5
     report = score_concepts(entries(acts), labels, ["mammal", "animal", "word"], min_positives=5)
     assert report.latent_concept == ("mammal", None, None, None)
     assert report.latent_share == pytest.approx((5 / 6, 0, 0, 0))
-    assert report.latent_max == (5.0, 3.0, 1.0, 0.0)
+    assert report.latent_max == (5.0, 4.0, 1.0, 0.0)
 
 
 def test_nothing_measurable_gives_an_empty_report():
