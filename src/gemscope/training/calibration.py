@@ -39,6 +39,7 @@ def threshold_factor(sae: SAE, x: Float[Tensor, "rows d_in"], target_l0: float) 
     fitted on thousands of rows cannot overfit; on new rows the mean L0 differs by its standard error. 1 when
     no factor can reach the target (a latent with threshold 0 is active wherever it is positive).
     """
+    assert sae.threshold is not None
     wanted = round(len(x) * target_l0)
     for floor in (0.5, 0.125, 0.0):
         support, values = encode_above(x, sae.W_enc, sae.b_enc, sae.threshold * floor)

@@ -44,6 +44,8 @@ class TrainConfig:
     """Weight of the penalty on the distance from the target L0, in spreads."""
     sparsity_warmup: float = 0.05
     """Share of the steps over which that weight rises linearly from zero."""
+    prefixes: tuple[int, ...] = ()
+    """Matryoshka: the first so many latents have to reconstruct alone too; ascending, each below ``d_sae``."""
     first_l0_factor: float = 4.0
     """The target begins this many times higher: latents learn a direction before they have to be rare."""
     annealing: float = 0.5
@@ -65,6 +67,8 @@ class TrainConfig:
                 f"target_l0 {self.target_l0} must lie between 0 and the number of latents, {self.d_sae};"
                 " typical is 10 to 100."
             )
+        if list(self.prefixes) != sorted({p for p in self.prefixes if 0 < p < self.d_sae}):
+            raise InputError(f"prefixes {self.prefixes} must ascend between 0 and the number of latents, {self.d_sae}.")
         for name in ("learning_rate", "threshold_learning_rate", "bandwidth", "first_l0_factor"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")

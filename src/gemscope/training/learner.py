@@ -17,11 +17,11 @@ from torch.optim import Adam
 from gemscope.core.arrays import Float, Tensor
 from gemscope.dictionaries.activations import jump_relu, step
 from gemscope.dictionaries.sae import SAE
-from gemscope.dictionaries.sparse import decode_sparse, encode_above
+from gemscope.dictionaries.sparse import decode_prefixes, encode_above
 from gemscope.training.calibration import first_thresholds, threshold_factor
 from gemscope.training.config import TrainConfig
 from gemscope.training.data import Moments
-from gemscope.training.objectives import dead_penalty, l0_penalty, squared_error
+from gemscope.training.objectives import dead_penalty, l0_penalty, matryoshka_error, squared_error
 from gemscope.training.schedules import cosine_warmup, geometric, linear_decay, linear_warmup
 
 
@@ -97,12 +97,13 @@ class Learner:
         at = threshold[support.latents]
         acts = jump_relu(pre_acts, at, self.bandwidth)
         active = step(pre_acts, at, self.bandwidth)
-        recon = decode_sparse(support, acts, W_dec) + b_dec
+        nested = decode_prefixes(support, acts, W_dec, [*config.prefixes, config.d_sae])
+        recons = [recon + b_dec for recon in nested]
         l0 = support.per_row(active)
-        error = squared_error(x, recon)
+        error = squared_error(x, recons[-1])
         weight = config.sparsity_weight * spread * linear_warmup(done, config.sparsity_warmup * config.steps)
         target = geometric(done, config.first_l0, config.target_l0, config.annealing * config.steps)
-        loss = error + weight * l0_penalty(l0, target)
+        loss = matryoshka_error(x, recons) + weight * l0_penalty(l0, target)
         dead = self._count_idle(support.latents[active.detach() > 0], len(x))
         if config.dead_weight > 0:
             own_bias = b_enc - b_dec.detach() @ W_enc  # b_dec has to serve the reconstruction alone
@@ -122,9 +123,11 @@ class Learner:
 
         ``x`` are raw calibration rows; the mean L0 becomes the target's.
         """
-        sae = SAE(**{name: tensor.detach().clone() for name, tensor in self.weights.items()})
+        W_enc, b_enc, W_dec, b_dec, threshold = (tensor.detach().clone() for tensor in self.weights.values())
+        sae = SAE(W_enc, b_enc, W_dec, b_dec, threshold)
         sae = sae.fold_pre_bias().fold_scale(self.moments.scale)
         factor = threshold_factor(sae, x, self.config.target_l0)
+        assert sae.threshold is not None
         sae.threshold.mul_(factor)
         return sae, factor
 

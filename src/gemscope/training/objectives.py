@@ -4,6 +4,10 @@ The L0 of a row is the sum over latents of ``dictionaries.activations.step``, wh
 thresholds.
 """
 
+from collections.abc import Sequence
+
+import torch
+
 from gemscope.core.arrays import Bool, Float, Tensor
 from gemscope.dictionaries.sparse import Support
 
@@ -11,6 +15,13 @@ from gemscope.dictionaries.sparse import Support
 def squared_error(x: Float[Tensor, "batch d"], recon: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
     """Mean over rows of the squared distance ||x - recon||^2."""
     return (x - recon).square().sum(-1).mean()
+
+
+def matryoshka_error(x: Float[Tensor, "batch d"], recons: Sequence[Float[Tensor, "batch d"]]) -> Float[Tensor, ""]:
+    """Mean over nested dictionaries of the squared error of each (Bussmann et al. 2025, "Matryoshka sparse
+    autoencoders", eq. 3, over their number).
+    """
+    return torch.stack([squared_error(x, recon) for recon in recons]).mean()
 
 
 def l0_penalty(l0: Float[Tensor, " batch"], target: float) -> Float[Tensor, ""]:

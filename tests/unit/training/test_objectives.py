@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemscope.dictionaries.sparse import encode_above
-from gemscope.training.objectives import dead_penalty, l0_penalty, squared_error
+from gemscope.training.objectives import dead_penalty, l0_penalty, matryoshka_error, squared_error
 
 
 @given(seed=st.integers(0, 10_000), target=st.floats(0.5, 30))
@@ -19,6 +19,12 @@ def test_error_and_l0_penalty_equal_scalar_loops(seed: int, target: float) -> No
     penalty = sum(2 / target * (n - target) ** 2 for n in l0.tolist()) / 5
     assert squared_error(x, recon).item() == pytest.approx(error, rel=1e-12)
     assert l0_penalty(l0, target).item() == pytest.approx(penalty, rel=1e-12)
+
+
+def test_nested_errors_count_alike() -> None:
+    """Errors of 4 + 9 and of 1 + 0: their mean is 7."""
+    x = torch.tensor([[2.0, 3.0]])
+    assert matryoshka_error(x, [torch.zeros(1, 2), torch.tensor([[1.0, 3.0]])]).item() == 7.0
 
 
 def test_the_l0_penalty_is_taken_row_by_row() -> None:
