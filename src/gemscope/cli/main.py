@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from gemscope import __version__
+from gemscope.cli import catalogue
 from gemscope.core.errors import GemscopeError
 
 if TYPE_CHECKING:
@@ -211,6 +212,10 @@ def doctor() -> None:
     from gemscope.cli.terminal import out
 
     out().print(report())
+
+
+app.command("list")(catalogue.list_)
+app.command()(catalogue.fetch)
 
 
 def main() -> None:
