@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_SUITE := suites/microworld-it
-HEADLINE := SPORTS: Harriers beat Rovers in Lyon
+HEADLINE := SCIENCE: Study of the chromosome surprises researchers in Daegu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 export TOKENIZERS_PARALLELISM := false
