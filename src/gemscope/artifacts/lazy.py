@@ -12,8 +12,8 @@ import torch
 
 from gemscope.artifacts.config import AnyDictionary, DictionaryConfig
 from gemscope.core.arrays import Float, Tensor
-from gemscope.core.errors import InputError
-from gemscope.core.tensor_files import TensorFile
+from gemscope.core.errors import FormatError, InputError
+from gemscope.core.tensor_files import TensorFile, is_finite
 from gemscope.dictionaries.base import Latents, chosen, product
 from gemscope.dictionaries.sparse import Slice, Support, decode_sparse, select
 
@@ -99,7 +99,7 @@ class LazyDictionary:
         self, x: Float[Tensor, "batch *positions d_in"], memory: int = MEMORY
     ) -> tuple[Support, Float[Tensor, " active"]]:
         """The active latents of ``x``, as ``encode_sparse`` gives them, with at most ``memory`` bytes of encoder in
-        memory; one slice is read while another is multiplied.
+        memory; one slice is read while another is multiplied. Raises FormatError at a NaN or an infinity.
         """
         rows = self._rows(x)
         with torch.no_grad():
@@ -158,13 +158,18 @@ class LazyDictionary:
 
     def _slice(self, at: int, start: int, width: int) -> Slice:
         stop = min(start + width, self.config.d_sae)
-        W_enc = self.tables[f"W_enc.{at}"].block(start, stop).T
+        table = self.tables[f"W_enc.{at}"]
+        W_enc = table.block(start, stop).T
+        if not is_finite(W_enc):
+            raise FormatError(f"{table.name} in {table.file.path} has a NaN or an infinity; train or fetch it again.")
         floor = self._vector(f"threshold.{at}")[start:stop] if self.config.activation.has_threshold else None
         return Slice(at, at * self.config.d_sae + start, W_enc, self._vector(f"b_enc.{at}")[start:stop], floor)
 
     def _vector(self, name: str) -> Tensor:
         if name not in self._small:
             self._small[name] = self._computed(self.tables[name].whole())
+            if name.startswith("threshold") and bool((self._small[name] < 0).any()):
+                raise FormatError(f"{self.tables[name].file.path} holds a negative threshold; save or fetch it again.")
         return self._small[name]
 
     @staticmethod

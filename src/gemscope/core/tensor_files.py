@@ -11,11 +11,12 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, cast
 
@@ -26,6 +27,12 @@ from gemscope.core.errors import FormatError
 
 CHUNK = 1 << 24
 """Bytes per read of a whole tensor."""
+
+HUGE = 1 << 21
+"""Bytes from which memory is asked of the system directly, in pages of this size, and given back when it is freed."""
+
+READERS = 2
+"""Reads in flight: one waits for the disk while the other copies and checks."""
 
 MAX_HEADER = 100 << 20
 """The limit of the format."""
@@ -64,6 +71,7 @@ class TensorFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._lock = Lock()
         self.bytes_read = 0
         """Bytes read from the file so far."""
         try:
@@ -112,22 +120,27 @@ class TensorFile:
     def read(self, name: str, *, finite: bool = False) -> Tensor:
         """A whole tensor; with ``finite`` a NaN or an infinity in it is a FormatError.
 
-        The values are checked chunk by chunk beside the reading, so nothing else is allocated.
+        Chunks are read and checked side by side, each check while its chunk is in the cache; nothing else is allocated.
         """
         entry = self.entry(name)
         buffer = _memory(entry.nbytes)
-        checks: list[Future[bool]] = []
+        check = finite and entry.dtype.is_floating_point
         self._advise(entry.start, entry.nbytes, sequential=True)
-        with ThreadPoolExecutor(1) as pool:  # it starts its thread with the first check
-            for first in range(0, entry.nbytes, CHUNK):
-                chunk = buffer[first : first + CHUNK]
-                self._into(chunk, entry.start + first)
-                if finite and entry.dtype.is_floating_point and entry.nbytes > CHUNK:
-                    checks.append(pool.submit(_is_finite, chunk.view(entry.dtype)))
-        values = buffer.view(entry.dtype)
-        small = finite and entry.dtype.is_floating_point and 0 < entry.nbytes <= CHUNK
-        if not all(check.result() for check in checks) or (small and not _is_finite(values)):
+
+        def good(first: int) -> bool:
+            chunk = buffer[first : first + CHUNK]
+            self._into(chunk, entry.start + first)
+            return not check or is_finite(chunk.view(entry.dtype))
+
+        starts = range(0, entry.nbytes, CHUNK)
+        if len(starts) > 1:
+            with ThreadPoolExecutor(READERS) as pool:
+                fine = all(pool.map(good, starts))
+        else:
+            fine = all(map(good, starts))
+        if not fine:
             raise FormatError(f"{name} in {self.path} has a NaN or an infinity; train or fetch it again.")
+        values = buffer.view(entry.dtype)
         return values.view(entry.shape)
 
     def rows(self, name: str, index: Int[Tensor, " rows"]) -> Tensor:
@@ -216,7 +229,8 @@ class TensorFile:
             if got == 0:
                 raise self._damaged("it ended while it was read")
             done += got
-        self.bytes_read += done
+        with self._lock:
+            self.bytes_read += done
 
     def _advise(self, start: int, length: int, sequential: bool) -> None:
         """Whether to read ahead: scattered rows would drag their neighbourhood along."""
@@ -248,7 +262,7 @@ def _memory(nbytes: int) -> Tensor:
     """Bytes to be filled; in huge pages where the system has them, for faulting in small ones takes as long as a
     fast disk.
     """
-    if nbytes < CHUNK or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(nbytes, dtype=torch.uint8)
     area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
@@ -262,7 +276,8 @@ def _count(value: Any) -> int:
     return value
 
 
-def _is_finite(chunk: Tensor) -> bool:
+def is_finite(chunk: Tensor) -> bool:
+    """Whether there is no NaN and no infinity; looks once and allocates nothing."""
     low, high = torch.aminmax(chunk)
     return math.isfinite(low.item()) and math.isfinite(high.item())
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from gemscope.dictionaries.activation import Activation
 from gemscope.dictionaries.multilayer import MultiLayer
 from gemscope.dictionaries.sae import SAE
 from gemscope.dictionaries.single import SingleLayer
+from gemscope.dictionaries.sparse import Slice
 from unit.dictionaries.zoo import ACTIVATIONS, KINDS, inputs, random_dictionary
 
 
@@ -159,3 +161,39 @@ def test_loading_peaks_at_little_more_than_the_tensors(wide: Path) -> None:
     peak, read, size = _measured("load", wide)
     assert size <= read < 1.01 * size
     assert peak < 1.1 * size + (1 << 21)  # of which 2 MB are the interpreter's
+
+
+def test_a_streamed_encode_holds_few_slices_and_reads_the_encoder_once(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+    most = 0
+    read_slice = LazyDictionary._slice
+
+    def counted(self: LazyDictionary, at: int, start: int, width: int) -> Slice:
+        nonlocal most
+        found = read_slice(self, at, start, width)
+        alive.append(len(found.b_enc))
+        most = max(most, sum(alive))
+        weakref.finalize(found, alive.remove, len(found.b_enc))
+        return found
+
+    monkeypatch.setattr(LazyDictionary, "_slice", counted)
+    lazy = native.open_lazy(wide)
+    lazy.encode_streamed(torch.full((4, 16), 0.1), memory=1 << 20)
+    assert 0 < most * 16 * 4 <= 1.5 * (1 << 20)  # one in use, one being read, one not yet let go
+    table = (1 << 18) * 4
+    assert (16 + 2) * table < lazy.bytes_read < (16 + 2) * table + 10_000  # W_enc, b_enc, threshold; no decoder
+
+
+def test_a_stream_refuses_what_loading_refuses(tmp_path: Path) -> None:
+    lazy = _saved(tmp_path / "d", random_dictionary("sae", dtype=torch.float32))
+    path = tmp_path / "d" / native.WEIGHTS_FILE
+    good = read_tensors(path)
+    for name, bad, message in (("W_enc_T", float("nan"), "W_enc_T .*NaN"), ("threshold", -1.0, "negative threshold")):
+        changed = good[name].clone()
+        changed.view(-1)[3] = bad
+        write_tensors(path, good | {name: changed})
+        for read in (lambda: native.open_lazy(tmp_path / "d").encode_streamed(torch.ones(2, 5)), lazy.load):
+            with pytest.raises(FormatError, match=message):
+                read()
