@@ -11,15 +11,15 @@ from gemscope.dictionaries.base import Dictionary
 from gemscope.dictionaries.sae import SAE
 from gemscope.dictionaries.transcoder import SkipTranscoder, Transcoder
 
-_Made = TypeVar("_Made", bound=Dictionary)
+_Made = TypeVar("_Made", bound=Dictionary | Activation)
 
 
 def make(where: object, build: Callable[[], _Made]) -> _Made:
-    """What ``build`` returns; raises FormatError, naming the file, when the tensors do not make a dictionary."""
+    """What ``build`` returns; raises FormatError, naming the file, when what it holds makes no dictionary."""
     try:
         return build()
     except InputError as error:
-        raise FormatError(f"the tensors of {where} do not belong together: {error}") from error
+        raise FormatError(f"{where} holds what makes no dictionary: {error}") from error
 
 
 def single(

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Tenso
     return torch.from_numpy(data.reshape(shape).astype(np.float32))
 
 
-def _header(file: IO[bytes], name: str, path: Path) -> tuple[tuple[int, ...], "np.dtype[Any]"]:
+def _header(file: Any, name: str, path: Path) -> tuple[tuple[int, ...], "np.dtype[Any]"]:
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:

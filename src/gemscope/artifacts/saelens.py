@@ -24,7 +24,7 @@ from gemscope.core.arrays import Tensor
 from gemscope.core.errors import FormatError, InputError
 from gemscope.core.files import atomic_folder, read_json, write_tensors, write_text
 from gemscope.core.sites import Site
-from gemscope.dictionaries.activation import Activation
+from gemscope.dictionaries.activation import Activation, Kind
 from gemscope.dictionaries.single import SingleLayer
 
 NAME = "saelens"
@@ -42,7 +42,7 @@ TENSORS: dict[str, Axes] = {
 THRESHOLD: dict[str, Axes] = {"threshold": ("d_sae",)}
 SKIP: dict[str, Axes] = {"W_skip": ("d_out", "d_in")}
 
-ARCHITECTURES: dict[str, tuple[str, dict[str, Axes]]] = {
+ARCHITECTURES: dict[str, tuple[Kind, dict[str, Axes]]] = {
     "standard": ("relu", TENSORS),
     "jumprelu": ("jumprelu", TENSORS | THRESHOLD),
     "topk": ("topk", TENSORS),
@@ -115,7 +115,8 @@ def load(path: Path | str, *, site: Site | None = None, model: str | None = None
     dictionary = make(folder, lambda: single(weights, skip, is_sae=is_sae, activation=activation, prefixes=prefixes))
     about, doubts = _about(cfg, where, is_sae=is_sae, site=site, model=model)
     kept = {NAME: {"config": raw, "metadata": metadata}} if not folded else {NAME: {"metadata": metadata}}
-    config = DictionaryConfig.of(dictionary, **about, extra={**about.pop("extra", {}), **kept})
+    extra = {**about.pop("extra", {}), **kept}
+    config = DictionaryConfig.of(dictionary, **about, extra=extra)
     return Loaded(dictionary, config, NAME, (*notes, *odd, *folded, *clamped, *doubts))
 
 
@@ -163,11 +164,11 @@ def _fold(cfg: Mapping[str, Any], tensors: dict[str, Tensor], *, is_sae: bool) -
     return tuple(done)
 
 
-def _activation(kind: str, cfg: Mapping[str, Any], where: Path) -> Activation:
+def _activation(kind: Kind, cfg: Mapping[str, Any], where: Path) -> Activation:
     if kind == "relu" or kind == "jumprelu":
         return Activation(kind)
     k = number(cfg.get("k"), "k", where)
-    return make(where, lambda: Activation("topk" if kind == "topk" else "batchtopk", k))  # pyright: ignore
+    return make(where, lambda: Activation(kind, k))
 
 
 def _threshold(kind: str, tensors: Mapping[str, Tensor], where: Path) -> tuple[Tensor | None, tuple[str, ...]]:

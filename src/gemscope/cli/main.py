@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from gemscope import __version__
+from gemscope.cli import artifacts
 from gemscope.core.errors import GemscopeError
 
 if TYPE_CHECKING:
@@ -193,6 +194,9 @@ def evaluate(
         print(json.dumps([one.as_dict() for one in measured], ensure_ascii=False, indent=2))
     else:
         out().print(evaluations(measured, target))
+
+
+artifacts.register(app)
 
 
 @app.command()
