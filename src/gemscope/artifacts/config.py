@@ -54,7 +54,7 @@ class DictionaryConfig:
     """Name of the model: a hub id, or the name of a built-in one."""
     revision: str | None = None
     """Revision of the model, if it is known."""
-    l0: float | None = None
+    l0: int | float | None = None
     """Active latents per row that training aimed for, if it is known."""
     prefixes: tuple[int, ...] = ()
     """Numbers of first latents that training made dictionaries of their own (Matryoshka)."""

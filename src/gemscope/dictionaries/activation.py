@@ -22,7 +22,7 @@ class Activation:
     """
 
     kind: Kind
-    k: float | None = None
+    k: int | float | None = None
     """``topk``: active latents per row, a whole number; ``batchtopk``: their mean in training; else None."""
 
     def __post_init__(self) -> None:

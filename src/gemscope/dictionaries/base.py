@@ -141,18 +141,22 @@ class Dictionary(nn.Module, ABC):
 
     def _indices(self, latents: Latents, count: int) -> Tensor:
         """As a tensor; raises InputError when one is out of range."""
-        device = self._encoder(0)[1].device
-        index = torch.as_tensor(latents, dtype=torch.int64).to(device)
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < count:
-            bad = int(index.min()) if int(index.min()) < 0 else int(index.max())
-            raise InputError(f"there is no latent {bad}; this dictionary has latents 0 to {count - 1}.")
-        return index
+        return chosen(latents, count).to(self._encoder(0)[1].device)
 
     def extra_repr(self) -> str:
         """Shown by ``repr``."""
         sizes = f"d_in={self.d_in}, d_out={self.d_out}, d_sae={self.d_sae}"
         positions = f"positions={self.n_positions}, " if self.n_positions > 1 else ""
         return f"{positions}{sizes}, activation={self.activation.kind}, dtype={self.dtype}"
+
+
+def chosen(latents: Latents, count: int) -> Tensor:
+    """Indices as a tensor; raises InputError when one is not below ``count``."""
+    index = torch.as_tensor(latents, dtype=torch.int64)
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < count:
+        bad = int(index.min()) if int(index.min()) < 0 else int(index.max())
+        raise InputError(f"there is no latent {bad}; this dictionary has latents 0 to {count - 1}.")
+    return index
 
 
 def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:

@@ -121,7 +121,8 @@ class MultiLayer(Dictionary):
         rows = self._rows(x)
         if latents is None:
             return self._activate(self._dense(rows)).view(*x.shape[:-1], self.d_sae)
-        return self._chosen(rows, self._indices(latents, self.n_latents)).view(*x.shape[:-2], -1)
+        acts = self._chosen(rows, self._indices(latents, self.n_latents))
+        return acts.view(*x.shape[:-2], acts.shape[1])
 
     def encode_sparse(self, x: Float[Tensor, "batch n d_in"]) -> tuple[Support, Float[Tensor, " active"]]:
         """The active latents only, row by row, by their index over all positions, and their activations."""
@@ -205,7 +206,7 @@ class MultiLayer(Dictionary):
         if self.threshold is not None:
             tensors["threshold"] = [t * s for t, s in zip(self.threshold, into, strict=True)]
         if len({*into, *out}) > 1:
-            ratios = [torch.tensor([o / s for o in out[at:]]) for at, s in enumerate(into)]
+            ratios = [torch.tensor([o / s for o in out[at:]], dtype=torch.float64) for at, s in enumerate(into)]
             tensors["W_dec"] = [t * r.to(t)[:, None, None] for t, r in zip(self.W_dec, ratios, strict=True)]
             if self.W_skip is not None:
                 tensors["W_skip"] = [t * (o / s) for t, s, o in zip(self.W_skip, into, out, strict=True)]

@@ -95,7 +95,8 @@ class SingleLayer(Dictionary):
         if latents is None:
             rows = self._rows(x)
             return self._activate(self._dense(rows)).view(*x.shape[:-1], self.d_sae)
-        return self._chosen(self._rows(x), self._indices(latents, self.d_sae)).view(*x.shape[:-1], -1)
+        acts = self._chosen(self._rows(x), self._indices(latents, self.d_sae))
+        return acts.view(*x.shape[:-1], acts.shape[1])
 
     def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> tuple[Support, Float[Tensor, " active"]]:
         """The active latents only, row by row, and their activations; never a dense matrix."""

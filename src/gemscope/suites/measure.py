@@ -21,14 +21,14 @@ def evaluate_folder(
 
     Raises FormatError when the folder holds no dictionary, and the errors of loading a model.
     """
-    loaded = native.load(folder)
+    dictionary, about = native.load_sae(folder), native.read_config(folder)
     config = config or QuickstartConfig()
-    gemma = Gemma.load(model or loaded.config.model, revision=None if model else loaded.config.revision)
+    gemma = Gemma.load(model or about.model, revision=None if model else about.revision)
     text = heldout_text(gemma, config.heldout_tokens, config.seed)
     return evaluate(
         gemma,
-        loaded.dictionary.to(gemma.device),
-        loaded.config.site,
+        dictionary.to(gemma.device),
+        about.site,
         text.items,
         text.labels,
         splice_tokens=config.splice_tokens,

@@ -146,7 +146,7 @@ def _promoted(gemma: Gemma, dictionary: SAE, latents: Int[Tensor, "latents"], co
     found: dict[int, tuple[str, ...]] = {}
     gain, unembedding = gemma.final_gain().float().cpu(), gemma.unembedding()
     for block in latents.split(64):
-        effects = logit_effects(dictionary.W_dec[block], gain, unembedding.cpu())
+        effects = logit_effects(dictionary.decoder_rows(block), gain, unembedding.cpu())
         best = effects.topk(min(3 * count, effects.shape[1]), dim=1).indices
         for latent, ids in zip(block.tolist(), best.tolist(), strict=True):
             found[latent] = _words(gemma, ids)[:count]
