@@ -18,7 +18,7 @@ import yaml
 from gemscope.artifacts.config import AnyDictionary, DictionaryConfig, Loaded
 from gemscope.artifacts.hooks import read_tl_hook
 from gemscope.artifacts.making import lost_fields, make, single
-from gemscope.artifacts.reading import Axes, check_shapes, clamp_threshold, mapping, take, text, whole
+from gemscope.artifacts.reading import Axes, check_shapes, clamp_threshold, mapping, shown, take, text, whole
 from gemscope.core.arrays import Tensor
 from gemscope.core.errors import FormatError, InputError
 from gemscope.core.files import atomic_folder, write_tensors, write_text
@@ -54,6 +54,7 @@ ENCODER_MORE: dict[str, Axes] = {"threshold_{}": ("d_sae",), "W_skip_{}": ("d_in
 DECODER: dict[str, Axes] = {"W_dec_{}": ("d_sae", "layers", "d_out")}
 
 _MOST = 1000
+_CONFIG_BYTES = 1 << 20
 _HOOKS = {
     "mlp_in": "mlp.hook_in",
     "resid_mid": "hook_resid_mid",
@@ -100,15 +101,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         with path.open("rb") as file:
-            found = yaml.safe_load(file.read(1 << 20))
+            written = file.read(_CONFIG_BYTES)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(written, yaml.SafeLoader)):
+            raise FormatError(f"{path} repeats parts of itself by aliases, which no such config needs; write it again.")
+        found = yaml.safe_load(written)
     except OSError as error:
         raise FormatError(f"cannot read {path} ({error.strerror}); check the path.") from error
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        reason = str(error).replace("\n", " ")
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise FormatError(f"{path} is not valid YAML ({reason}); write or fetch it again.") from error
     config = mapping(found, path)
     if config.get("model_kind") not in (SET, CLT):
-        raise FormatError(f"'model_kind' in {path} is {config.get('model_kind')!r}; it should be {SET!r} or {CLT!r}.")
+        raise FormatError(
+            f"'model_kind' in {path} is {shown(config.get('model_kind'))}; it should be {SET!r} or {CLT!r}."
+        )
     if config.get("transcoders"):
         raise FormatError(
             f"{path} only lists files that lie elsewhere ('transcoders'); fetch those, which are in another format."
@@ -207,12 +213,12 @@ def _activation(config: Mapping[str, Any], folder: Path, *, has_threshold: bool)
     if name in (None, "relu", "jump_relu", "jumprelu"):
         if name is not None and (name != "relu") != has_threshold:
             raise FormatError(
-                f"{folder / CONFIG_FILE} says {name!r}, but a threshold is {'there' if has_threshold else 'missing'}."
+                f"{folder / CONFIG_FILE} says {shown(name)}, a threshold is {'there' if has_threshold else 'missing'}."
             )
         return JUMPRELU if has_threshold else Activation("relu")
     if name == "topk" and not has_threshold:
         return Activation("topk", float(whole(config.get("k"), "k", folder / CONFIG_FILE)))
-    raise FormatError(f"'activation' in {folder / CONFIG_FILE} is {name!r}; relu, jump_relu and topk are read.")
+    raise FormatError(f"'activation' in {folder / CONFIG_FILE} is {shown(name)}; relu, jump_relu and topk are read.")
 
 
 def _hook(config: Mapping[str, Any], key: str, layer: int, folder: Path) -> tuple[Site, bool, tuple[str, ...]]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from gemscope.artifacts.reading import Axes, check_names, check_shapes, open_tensors
+from gemscope.artifacts.reading import Axes, check_names, check_shapes, shapes_of
 from gemscope.core.arrays import Float, Int, Tensor
 from gemscope.core.errors import FormatError, InputError
+from gemscope.core.tensor_files import TensorFile
 
 FILE = "examples.safetensors"
 
@@ -29,7 +30,6 @@ LAYOUT: dict[str, Axes] = {
 }
 """Tensors of ``examples.safetensors``; ``seq_ids`` is -1 where a latent has fewer than ``kept`` examples."""
 
-_WHOLE = ("I8", "I16", "I32", "I64", "U8")
 _INTEGERS = ("seq_ids", "positions", "top_tokens", "bottom_tokens", "tokens")
 
 
@@ -67,13 +67,13 @@ class Examples:
     def open(cls, folder: Path | str) -> "Examples":
         """The evidence in a dictionary's folder; raises FormatError when it is missing or damaged."""
         path = Path(folder) / FILE
-        with open_tensors(path) as file:
-            check_names(file.shapes, LAYOUT, (), path)
-            sizes = check_shapes(file.shapes, LAYOUT, path)
-            for name, dtype in file.dtypes.items():
-                if (dtype in _WHOLE) != (name in _INTEGERS):
+        with TensorFile(path) as file:
+            check_names(shapes_of(file), LAYOUT, (), path)
+            sizes = check_shapes(shapes_of(file), LAYOUT, path)
+            for name, entry in file.entries.items():
+                if entry.dtype.is_floating_point == (name in _INTEGERS) or entry.dtype == torch.bool:
                     wanted = "whole numbers" if name in _INTEGERS else "floats"
-                    raise FormatError(f"{name} in {path} is {dtype}, but it should be {wanted}; fetch it again.")
+                    raise FormatError(f"{name} in {path} is {entry.dtype}, but it should be {wanted}; fetch it again.")
         return cls(path, sizes["d_sae"], sizes["kept"], sizes["sequences"], sizes["pos"])
 
     def of(self, latent: int, top: int = 20) -> LatentExamples:
@@ -82,15 +82,15 @@ class Examples:
         """
         if not 0 <= latent < self.d_sae:
             raise InputError(f"there is no latent {latent}; {self.path} has latents 0 to {self.d_sae - 1}.")
-        with open_tensors(self.path) as file:
-            row = {name: file.rows(name, latent, latent + 1)[0] for name in LAYOUT if name != "tokens"}
+        with TensorFile(self.path) as file:
+            row = {name: _row(file, name, latent) for name in LAYOUT if name != "tokens"}
             found = (row["seq_ids"] >= 0).nonzero()[:, 0]
             order = row["activations"][found].double().argsort(descending=True, stable=True)[:top]
             chosen = found[order]
             sequences, positions = row["seq_ids"][chosen].long(), row["positions"][chosen].long()
             if bool((sequences >= self.sequences).any()) or bool(((positions < 0) | (positions >= self.pos)).any()):
                 raise FormatError(f"latent {latent} in {self.path} points outside its sequences; fetch it again.")
-            rows = [file.rows("tokens", at, at + 1).long() for at in sequences.tolist()]
+            rows = [file.block("tokens", at, at + 1).long() for at in sequences.tolist()]
             tokens = torch.cat(rows) if rows else torch.empty(0, self.pos, dtype=torch.long)
         return LatentExamples(
             latent,
@@ -101,6 +101,13 @@ class Examples:
             _pairs(row["top_tokens"], row["top_logits"]),
             _pairs(row["bottom_tokens"], row["bottom_logits"]),
         )
+
+
+def _row(file: TensorFile, name: str, latent: int) -> Tensor:
+    """What a tensor says of one latent: a vector, or one number."""
+    if len(file.entry(name).shape) == 1:
+        return file.read(name)[latent]
+    return file.block(name, latent, latent + 1)[0]
 
 
 def _pairs(tokens: Tensor, logits: Tensor) -> tuple[tuple[int, float], ...]:

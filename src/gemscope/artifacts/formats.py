@@ -29,7 +29,7 @@ class Format:
 
 
 def _detect_native(path: Path) -> bool:
-    return (path.parent if path.is_file() else path).joinpath(native.CONFIG_FILE).is_file()
+    return native.detect(path.parent if path.is_file() else path)
 
 
 def _load_native(path: Path, site: Site | None, model: str | None) -> Loaded:
@@ -41,8 +41,7 @@ def _load_native(path: Path, site: Site | None, model: str | None) -> Loaded:
 
 
 def _save_native(folder: Path, dictionary: AnyDictionary, config: DictionaryConfig) -> tuple[str, ...]:
-    native.save(folder, dictionary, config)
-    return ()
+    return native.save(folder, dictionary, config)
 
 
 NATIVE = Format("gemscope", "gemscope's own", _detect_native, _load_native, _save_native)

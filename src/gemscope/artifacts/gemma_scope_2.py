@@ -28,7 +28,9 @@ from gemscope.artifacts.reading import (
     clamp_threshold,
     mapping,
     number,
-    open_tensors,
+    read,
+    shapes_of,
+    shown,
     take,
     text,
     whole,
@@ -37,6 +39,7 @@ from gemscope.core.arrays import Tensor
 from gemscope.core.errors import FormatError, InputError
 from gemscope.core.files import atomic_folder, read_json, write_json, write_tensors
 from gemscope.core.sites import Site
+from gemscope.core.tensor_files import TensorFile
 from gemscope.dictionaries.multilayer import Crosscoder, CrossLayerTranscoder, MultiLayer
 from gemscope.dictionaries.single import SingleLayer
 
@@ -91,11 +94,15 @@ def _config(folder: Path) -> dict[str, Any] | None:
         return None
     raw = mapping(read_json(path), path)
     if raw.get("architecture", "jump_relu") != "jump_relu":
-        raise FormatError(f"'architecture' in {path} is {raw['architecture']!r}; Gemma Scope 2 has only 'jump_relu'.")
+        raise FormatError(
+            f"'architecture' in {path} is {shown(raw['architecture'])}; Gemma Scope 2 has only 'jump_relu'."
+        )
     if raw.get("type", "sae") not in _TYPES:
-        raise FormatError(f"'type' in {path} is {raw['type']!r}; it should be one of {', '.join(_TYPES)}.")
+        raise FormatError(f"'type' in {path} is {shown(raw['type'])}; it should be one of {', '.join(_TYPES)}.")
     if not isinstance(raw.get("affine_connection", False), bool):
-        raise FormatError(f"'affine_connection' in {path} is {raw['affine_connection']!r}; it should be true or false.")
+        raise FormatError(
+            f"'affine_connection' in {path} is {shown(raw['affine_connection'])}; it should be true or false."
+        )
     return raw
 
 
@@ -119,10 +126,10 @@ def _load_single(folder: Path, raw: dict[str, Any] | None, site: Site | None, mo
 
 
 def _load_multi(folder: Path, raw: dict[str, Any] | None, model: str | None) -> Loaded:
-    with open_tensors(folder / LAYER_FILE.format(0)) as first:
-        check_names(first.shapes, MULTI, SKIP, first.path)
-        sizes = check_shapes(first.shapes, {**MULTI, **SKIP}, first.path)
-        has_skip = "affine_skip_connection" in first.shapes
+    with TensorFile(folder / LAYER_FILE.format(0)) as first:
+        check_names(first.entries, MULTI, SKIP, first.path)
+        sizes = check_shapes(shapes_of(first), {**MULTI, **SKIP}, first.path)
+        has_skip = "affine_skip_connection" in first.entries
     n = sizes["n"]
     missing = [name for i in range(n) if not (folder / (name := LAYER_FILE.format(i))).is_file()]
     if missing:
@@ -154,18 +161,18 @@ def _layer(
     """The tensors of position ``at``, the decoder as [n - at, d_sae, d_out]: only what the formula uses."""
     path = folder / LAYER_FILE.format(at)
     layout = MULTI | SKIP if has_skip else MULTI
-    with open_tensors(path) as file:
-        check_names(file.shapes, layout, (), path)
-        check_shapes(file.shapes, layout, path, sizes)
-        dtype, odd = check_dtypes(file.dtypes, path)
-        others = [name for name in layout if name != "w_dec"]
-        tensors = {name: check_finite(file.read(name).to(dtype), name, path) for name in others}
+    with TensorFile(path) as file:
+        check_names(file.entries, layout, (), path)
+        check_shapes(shapes_of(file), layout, path, sizes)
+        dtype, odd = check_dtypes(file)
+        tensors = {name: read(file, name, dtype) for name in layout if name != "w_dec"}
         tensors["threshold"], clamped = clamp_threshold(tensors["threshold"], path)
         n, d_sae, d_out = sizes["n"], sizes["d_sae"], sizes["d_out"]
         used, unused = torch.empty(n - at, d_sae, d_out, dtype=dtype), 0
         for start in range(0, d_sae, _ROWS):
-            rows = file.rows("w_dec", start, start + _ROWS)
-            used[:, start : start + _ROWS] = check_finite(rows[:, at:].to(dtype), "w_dec", path).transpose(0, 1)
+            stop = min(start + _ROWS, d_sae)
+            rows = file.block("w_dec", start * n, stop * n).view(-1, n, d_out)
+            used[:, start:stop] = check_finite(rows[:, at:].to(dtype), "w_dec", path).transpose(0, 1)
             unused += int(rows[:, :at].count_nonzero())
         tensors["w_dec"] = used
         note = f"w_dec in {path} has {unused} numbers for layers before its own; the formula does not use them."

@@ -7,6 +7,7 @@ written together: ``model.layers.{5,9,12,15}.output``, and ``{all}`` stands for 
 import re
 from collections.abc import Sequence
 
+from gemscope.artifacts.reading import shown
 from gemscope.core.errors import FormatError, InputError, SiteError
 from gemscope.core.sites import SITE_KINDS, Site
 
@@ -56,8 +57,7 @@ def read_hook_point(point: object, n: int | None, where: object) -> tuple[Site, 
         if match is not None and match[3] in _SITES and (layers := _layers(match, n)) is not None:
             return tuple(Site(_SITES[match[3]], layer) for layer in layers)
     wanted = "'model.layers.12.output'" if n is None else f"'model.layers.{{5,9,12,15}}.output' with {n} layers"
-    shown = repr(point) if len(repr(point)) <= 120 else repr(point)[:117] + "..."
-    raise FormatError(f"the hook point {shown} in {where} is not understood; it should be like {wanted}.")
+    raise FormatError(f"the hook point {shown(point)} in {where} is not understood; it should be like {wanted}.")
 
 
 def _layers(match: "re.Match[str]", n: int | None) -> list[int] | None:
@@ -89,4 +89,6 @@ def read_tl_hook(name: object, where: object) -> tuple[Site, bool, tuple[str, ..
     try:
         return Site.parse(name), True, ()
     except SiteError as error:
-        raise FormatError(f"the hook name {name!r} in {where} is not understood: {error}") from error
+        raise FormatError(
+            f"the hook name {shown(name)} in {where} is not understood; write for example 'blocks.12.hook_resid_post'."
+        ) from error

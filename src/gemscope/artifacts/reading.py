@@ -2,64 +2,36 @@
 and what is wrong is one sentence (FormatError).
 """
 
-from collections.abc import Collection, Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from gemscope.core.arrays import Tensor
 from gemscope.core.errors import FormatError
+from gemscope.core.tensor_files import TensorFile
 
 Axes = tuple[str | int, ...]
 """The axes of a tensor by name, ``("d_in", "d_sae")``; axes of one name have one size. A number is a fixed size."""
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BLOCK = 1 << 24
 """Numbers that are looked at together: 64 MB."""
 
-
-@dataclass(frozen=True, eq=False)
-class TensorFile:
-    """An open safetensors file: names, shapes and number types are known, tensors are read when asked for."""
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
-    """As the file spells them: ``F32``, ``BF16``, ``I64`` ..."""
-    metadata: Mapping[str, str]
-    handle: Any
-
-    def read(self, name: str) -> Tensor:
-        """A whole tensor, in the file's number type."""
-        return self.handle.get_tensor(name)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor; only their bytes are read."""
-        return self.handle.get_slice(name)[start:stop]
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxstring = 2, 3, 3, 60
 
 
-@contextmanager
-def open_tensors(path: Path | str) -> Generator[TensorFile]:
-    """Open a safetensors file; raises FormatError when it is missing, truncated or damaged, also while it is read."""
-    path = Path(path)
-    if not path.is_file():
-        raise FormatError(f"there is no file {path}; check the path.")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-            yield TensorFile(
-                path,
-                {name: tuple(found.get_shape()) for name, found in slices.items()},
-                {name: str(found.get_dtype()) for name, found in slices.items()},
-                dict(handle.metadata() or {}),
-                handle,
-            )
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise FormatError(f"{path} is truncated or damaged ({error}); write or fetch it again.") from error
+def shown(value: object) -> str:
+    """An untrusted value in a sentence: short, on one line, whatever it is."""
+    return _REPR.repr(value)[:120]
+
+
+def shapes_of(file: TensorFile) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in an open file."""
+    return {name: entry.shape for name, entry in file.entries.items()}
 
 
 def check_names(found: Collection[str], wanted: Collection[str], optional: Collection[str], where: object) -> None:
@@ -105,17 +77,20 @@ def check_shapes(
     return known
 
 
-def check_dtypes(dtypes: Mapping[str, str], where: object) -> tuple[torch.dtype, tuple[str, ...]]:
+def check_dtypes(file: TensorFile) -> tuple[torch.dtype, tuple[str, ...]]:
     """What the tensors are kept in (bf16 if all are, else fp32), and what is odd about it.
 
-    Raises FormatError for integers and for floats of 8 bits or less.
+    Raises FormatError for integers.
     """
+    dtypes = {name: entry.dtype for name, entry in file.entries.items()}
     for name, dtype in dtypes.items():
-        if dtype not in _DTYPES:
-            raise FormatError(f"{name} in {where} is {dtype}, but weights are F32 or BF16; write or fetch it again.")
-    odd = sorted(name for name, dtype in dtypes.items() if dtype == "F64")
-    warnings = (f"{', '.join(odd)} in {where} is float64 and was rounded to float32.",) if odd else ()
-    return (torch.bfloat16 if set(dtypes.values()) == {"BF16"} else torch.float32), warnings
+        if dtype not in _FLOATS:
+            raise FormatError(
+                f"{shown(name)} in {file.path} is {dtype}, but weights are float32 or bfloat16; fetch it again."
+            )
+    odd = sorted(name for name, dtype in dtypes.items() if dtype == torch.float64)
+    warnings = (f"{', '.join(odd)} in {file.path} is float64 and was rounded to float32.",) if odd else ()
+    return (torch.bfloat16 if set(dtypes.values()) == {torch.bfloat16} else torch.float32), warnings
 
 
 def check_finite(tensor: Tensor, name: str, where: object) -> Tensor:
@@ -134,12 +109,17 @@ def take(
     Also the file's metadata, and what was odd. Raises FormatError.
     """
     optional = optional or {}
-    with open_tensors(path) as file:
-        check_names(file.shapes, layout, optional, path)
-        check_shapes(file.shapes, {**layout, **optional}, path)
-        dtype, odd = check_dtypes(file.dtypes, path)
-        tensors = {name: check_finite(file.read(name).to(dtype), name, path) for name in file.shapes}
-        return tensors, dict(file.metadata), odd
+    with TensorFile(path) as file:
+        shapes = shapes_of(file)
+        check_names(shapes, layout, optional, path)
+        check_shapes(shapes, {**layout, **optional}, path)
+        dtype, odd = check_dtypes(file)
+        return {name: read(file, name, dtype) for name in shapes}, dict(file.metadata), odd
+
+
+def read(file: TensorFile, name: str, dtype: torch.dtype) -> Tensor:
+    """A whole tensor; raises FormatError when it holds a NaN or an infinity, also one that ``dtype`` makes of it."""
+    return check_finite(file.read(name).to(dtype), name, file.path)
 
 
 def clamp_threshold(threshold: Tensor, where: object) -> tuple[Tensor, tuple[str, ...]]:
@@ -156,14 +136,14 @@ def clamp_threshold(threshold: Tensor, where: object) -> tuple[Tensor, tuple[str
 def whole(value: object, name: str, where: object) -> int:
     """A JSON value that should be a whole number of 1 or more; raises FormatError."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 62:
-        raise FormatError(f"{name!r} in {where} is {_short(value)}, but it should be a whole number of 1 or more.")
+        raise FormatError(f"{name!r} in {where} is {shown(value)}, but it should be a whole number of 1 or more.")
     return value
 
 
 def text(value: object, name: str, where: object) -> str:
     """A JSON value that should be a string; raises FormatError."""
-    if not isinstance(value, str) or not value or not value.isprintable():
-        raise FormatError(f"{name!r} in {where} is {_short(value)}, but it should be a name.")
+    if not isinstance(value, str) or not 0 < len(value) <= 200 or not value.isprintable():
+        raise FormatError(f"{name!r} in {where} is {shown(value)}, but it should be a name.")
     return value
 
 
@@ -172,7 +152,7 @@ def number(value: object, name: str, where: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18:
-        raise FormatError(f"{name!r} in {where} is {_short(value)}, but it should be a number of 0 or more.")
+        raise FormatError(f"{name!r} in {where} is {shown(value)}, but it should be a number of 0 or more.")
     return float(value)
 
 
@@ -181,8 +161,3 @@ def mapping(value: object, where: object) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise FormatError(f"{where} does not hold a table of names and values; write or fetch it again.")
     return {str(key): inner for key, inner in value.items()}
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

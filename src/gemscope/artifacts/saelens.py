@@ -18,7 +18,7 @@ import torch
 from gemscope.artifacts.config import AnyDictionary, DictionaryConfig, Loaded
 from gemscope.artifacts.hooks import hook_point, read_hook_point, read_tl_hook
 from gemscope.artifacts.making import lost_fields, make, single
-from gemscope.artifacts.reading import Axes, clamp_threshold, mapping, number, take, text, whole
+from gemscope.artifacts.reading import Axes, clamp_threshold, mapping, number, shown, take, text, whole
 from gemscope.artifacts.saelens_config import current
 from gemscope.core.arrays import Tensor
 from gemscope.core.errors import FormatError, InputError
@@ -128,7 +128,7 @@ def _normalisation(cfg: Mapping[str, Any], where: Path) -> tuple[str, ...]:
     if name == "none":
         return ()
     if name not in ("expected_average_only_in", "covariance_whitening"):
-        raise FormatError(f"'normalize_activations' in {where} is {name!r}, which is not known; use 'none'.")
+        raise FormatError(f"'normalize_activations' in {where} is {shown(name)}, which is not known; use 'none'.")
     return (f"{where} says {name}, which SAELens does not apply when it runs a dictionary: it was read as folded in.",)
 
 
@@ -184,7 +184,7 @@ def _prefixes(cfg: Mapping[str, Any], where: Path) -> tuple[int, ...]:
     ours = _ours(cfg)
     given = cfg.get("matryoshka_widths") or ours.get("prefixes") or ()
     if not isinstance(given, list | tuple):
-        raise FormatError(f"the Matryoshka widths in {where} are {given!r}; they should be a list.")
+        raise FormatError(f"the Matryoshka widths in {where} are {shown(given)}; they should be a list.")
     widths = [whole(width, "matryoshka_widths", where) for width in given]
     return tuple(width for width in widths if width < whole(cfg["d_sae"], "d_sae", where))
 

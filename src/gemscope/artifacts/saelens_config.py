@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemscope.artifacts.reading import mapping
+from gemscope.artifacts.reading import mapping, shown
 from gemscope.core.errors import FormatError
 
 _RENAMED = {
@@ -37,7 +37,7 @@ def current(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
         raise FormatError(f"{where} names no architecture or no d_sae; it is no config of SAELens.")
     for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
         if not isinstance(cfg.get(name, False), bool):
-            raise FormatError(f"{name!r} in {where} is {cfg[name]!r}; it should be true or false.")
+            raise FormatError(f"{name!r} in {where} is {shown(cfg[name])}; it should be true or false.")
     return cfg
 
 
@@ -46,7 +46,7 @@ def _from_before_6(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
     old = {_RENAMED.get(name, name): value for name, value in raw.items()}
     activation = old.get("activation_fn", "relu")
     if activation not in ("relu", "topk"):
-        raise FormatError(f"the activation {activation!r} in {where} is not read; relu and topk are.")
+        raise FormatError(f"the activation {shown(activation)} in {where} is not read; relu and topk are.")
     cfg = {"architecture": "standard", "apply_b_dec_to_input": True, **old}
     if activation == "topk":
         arguments = mapping(old.get("activation_fn_kwargs"), f"'activation_fn_kwargs' in {where}")
