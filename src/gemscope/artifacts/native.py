@@ -67,7 +67,7 @@ def save(folder: Path | str, dictionary: AnyDictionary, config: DictionaryConfig
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FormatError(f"{name} in the dictionary to be saved has a NaN or an infinity; train it again.")
-    value = _as_json(config)
+    value = as_json(config)
     with atomic_folder(folder) as temporary:
         write_tensors(temporary / WEIGHTS_FILE, tensors)
         write_json(temporary / CONFIG_FILE, value)
@@ -144,7 +144,7 @@ def read_config(folder: Path | str) -> DictionaryConfig:
         raise FormatError(f"{path} cannot be right: {error}") from error
 
 
-def _as_json(config: DictionaryConfig) -> dict[str, Any]:
+def as_json(config: DictionaryConfig) -> dict[str, Any]:
     own = {f.name: getattr(config, f.name) for f in fields(config)}
     own["activation"] = {"kind": config.activation.kind, "k": config.activation.k}
     own["reads"], own["writes"] = [str(s) for s in config.reads], [str(s) for s in config.writes]

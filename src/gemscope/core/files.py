@@ -94,13 +94,13 @@ def atomic_folder(path: Path | str) -> Generator[Path]:
             _sync(inner)
         temporary.chmod(0o755)
         old = None
-        if path.exists():
+        if path.exists() or path.is_symlink():
             old = temporary.with_suffix(".old")
             path.rename(old)
         temporary.rename(path)
         _sync(path.parent)
         if old is not None:
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if (translated := _write_failed(path, error)) is not error:

@@ -8,9 +8,11 @@ Notable:
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -113,18 +115,20 @@ class TensorFile:
         The values are checked chunk by chunk beside the reading, so nothing else is allocated.
         """
         entry = self.entry(name)
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        buffer = _memory(entry.nbytes)
         checks: list[Future[bool]] = []
         self._advise(entry.start, entry.nbytes, sequential=True)
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool:  # it starts its thread with the first check
             for first in range(0, entry.nbytes, CHUNK):
                 chunk = buffer[first : first + CHUNK]
                 self._into(chunk, entry.start + first)
-                if finite and entry.dtype.is_floating_point:
+                if finite and entry.dtype.is_floating_point and entry.nbytes > CHUNK:
                     checks.append(pool.submit(_is_finite, chunk.view(entry.dtype)))
-            if not all(check.result() for check in checks):
-                raise FormatError(f"{name} in {self.path} has a NaN or an infinity; train or fetch it again.")
-        return buffer.view(entry.dtype).view(entry.shape)
+        values = buffer.view(entry.dtype)
+        small = finite and entry.dtype.is_floating_point and 0 < entry.nbytes <= CHUNK
+        if not all(check.result() for check in checks) or (small and not _is_finite(values)):
+            raise FormatError(f"{name} in {self.path} has a NaN or an infinity; train or fetch it again.")
+        return values.view(entry.shape)
 
     def rows(self, name: str, index: Int[Tensor, " rows"]) -> Tensor:
         """Some rows [rows, width] of a tensor seen as a matrix, its last axis the width, in the order of ``index``.
@@ -154,7 +158,7 @@ class TensorFile:
         entry = self.entry(name)
         width = entry.shape[-1] if entry.shape else 1
         step = width * entry.dtype.itemsize
-        buffer = torch.empty((stop - first) * step, dtype=torch.uint8)
+        buffer = _memory((stop - first) * step)
         self._advise(entry.start + first * step, len(buffer), sequential=True)
         self._into(buffer, entry.start + first * step)
         return buffer.view(entry.dtype).view(stop - first, width)
@@ -165,7 +169,7 @@ class TensorFile:
         rows, width = entry.shape
         size = entry.dtype.itemsize
         step = (stop - first) * size
-        buffer = torch.empty(rows * step, dtype=torch.uint8)
+        buffer = _memory(rows * step)
         self._advise(entry.start, entry.nbytes, sequential=False)
         for row in range(rows):
             self._into(buffer[row * step : (row + 1) * step], entry.start + (row * width + first) * size)
@@ -238,6 +242,18 @@ def check_shapes(file: TensorFile, expected: Mapping[str, tuple[int, ...]]) -> N
             raise FormatError(
                 f"{name} in {file.path} has shape {found}, but {shape} was expected; the files do not belong together."
             )
+
+
+def _memory(nbytes: int) -> Tensor:
+    """Bytes to be filled; in huge pages where the system has them, for faulting in small ones takes as long as a
+    fast disk.
+    """
+    if nbytes < CHUNK or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8)
+    area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.uint8)
 
 
 def _count(value: Any) -> int:

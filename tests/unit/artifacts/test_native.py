@@ -353,3 +353,27 @@ def test_a_failed_save_leaves_nothing_and_the_old_folder_as_it_was(
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
     assert {p.name: p.read_bytes() for p in old.iterdir()} == before
+
+
+def test_saving_over_a_link_replaces_the_link_and_not_what_it_points_to(tmp_path: Path) -> None:
+    target = _save(tmp_path / "elsewhere")
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    other = _sae()
+    other.b_enc.data += 1
+    for link, to in ((tmp_path / "link", target), (tmp_path / "dangling", tmp_path / "nothing")):
+        link.symlink_to(to)
+        _save(link, other)
+        assert not link.is_symlink()
+        assert torch.equal(native.load(link).dictionary.b_enc, other.b_enc)
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "elsewhere", "link"]
+
+
+@pytest.mark.parametrize("name", ["../../W_dec", "/etc/passwd", "W_dec.0", "", "W_dec\n"])
+def test_a_strange_name_of_a_tensor_is_refused_and_touches_nothing(name: str, tmp_path: Path) -> None:
+    folder = _save(tmp_path / "d")
+    tensors = read_tensors(folder / native.WEIGHTS_FILE)
+    write_tensors(folder / native.WEIGHTS_FILE, tensors | {name: torch.zeros(2)})
+    with pytest.raises(FormatError, match="should hold only"):
+        native.load(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
