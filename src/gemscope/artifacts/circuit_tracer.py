@@ -55,6 +55,7 @@ DECODER: dict[str, Axes] = {"W_dec_{}": ("d_sae", "layers", "d_out")}
 
 _MOST = 1000
 _CONFIG_BYTES = 1 << 20
+_BRACKETS = 200
 _HOOKS = {
     "mlp_in": "mlp.hook_in",
     "resid_mid": "hook_resid_mid",
@@ -67,6 +68,11 @@ _NO_GAIN = "ln2.hook_normalized"
 def detect(path: Path) -> bool:
     """Whether ``path`` is such a folder, or a file of one."""
     return (path.parent if path.is_file() else path).joinpath(CONFIG_FILE).is_file()
+
+
+def is_set(path: Path) -> bool:
+    """Whether ``path`` is the folder of a set of transcoders, rather than of a CLT; raises FormatError."""
+    return path.is_dir() and _read_config(path)["model_kind"] == SET
 
 
 def load(path: Path | str, *, site: Site | None = None, model: str | None = None) -> Loaded:
@@ -102,6 +108,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             written = file.read(_CONFIG_BYTES)
+        if written.count(b"[") + written.count(b"{") > _BRACKETS:
+            raise FormatError(f"{path} is nested or cut up far more than any config is; write it again.")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(written, yaml.SafeLoader)):
             raise FormatError(f"{path} repeats parts of itself by aliases, which no such config needs; write it again.")
         found = yaml.safe_load(written)

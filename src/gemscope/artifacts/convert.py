@@ -1,5 +1,6 @@
 """From one format to another, and what gets lost on the way."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +52,10 @@ def convert(
 def free_folder(folder: Path | str) -> Path:
     """The path, once it is sure that writing there replaces nothing; raises StorageError, InputError for no name."""
     path = Path(folder)
-    if not path.name or path.name == "..":
+    if not path.name or path.name == ".." or "\0" in path.name:
         raise InputError(f"{str(folder)!r} names no new folder; give one, as in out/my-dictionary.")
     try:
+        os.fsencode(path)
         if path.is_symlink():
             raise StorageError(f"{path} is a symbolic link; give the name of a new folder.")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -98,8 +98,12 @@ def detect(path: Path | str) -> Format:
     except (OSError, ValueError) as error:
         raise FormatError(f"cannot look into {str(path)!r} ({error}); check the path.") from error
     if found is None:
-        what = "holds no dictionary in a known format" if exists else "does not exist"
-        raise FormatError(f"{path} {what}; the formats are {', '.join(FORMATS)}.")
+        if not exists:
+            raise FormatError(f"{path} does not exist; check the path.")
+        raise FormatError(
+            f"{path} holds no dictionary in a known format: no dictionary.json, params.safetensors, params.npz,"
+            " cfg.json or config.yaml; check the path."
+        )
     return found
 
 
@@ -123,20 +127,27 @@ def load(
 def load_all(path: Path | str, *, model: str | None = None) -> tuple[Loaded, ...]:
     """Read every dictionary of a folder: a circuit-tracer set, a folder of dictionary folders, or just one."""
     path = Path(path)
-    if not any(one.detect(path) for one in FORMATS.values()) and path.is_dir():
-        inner = sorted(
-            child for child in path.iterdir() if child.is_dir() and any(f.detect(child) for f in FORMATS.values())
-        )
-        if inner:
-            found = [loaded for child in inner for loaded in load_all(child, model=model)]
-            return tuple(sorted(found, key=lambda loaded: loaded.config.site.order))
-    if (
-        detect(path).name == circuit_tracer.NAME
-        and path.is_dir()
-        and (path / circuit_tracer.ENCODER_FILE.format(0)).exists() is False
-    ):
+    inner = _inner(path)
+    if inner:
+        found = [loaded for child in inner for loaded in load_all(child, model=model)]
+        return tuple(sorted(found, key=lambda loaded: loaded.config.site.order))
+    if detect(path).name == circuit_tracer.NAME and circuit_tracer.is_set(path):
         return circuit_tracer.load_set(path, model=model)
     return (load(path, model=model),)
+
+
+def _inner(path: Path) -> list[Path]:
+    """The dictionary folders in a folder that is none itself."""
+
+    def known(one: Path) -> bool:
+        return any(format.detect(one) for format in FORMATS.values())
+
+    try:
+        if not path.is_dir() or known(path):
+            return []
+        return sorted(child for child in path.iterdir() if child.is_dir() and known(child))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot look into {str(path)!r} ({error}); check the path.") from error
 
 
 def save(

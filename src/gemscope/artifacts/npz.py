@@ -67,6 +67,8 @@ def _header(file: Any, name: str, path: Path) -> tuple[tuple[int, ...], "np.dtyp
 
 def write_npz(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write float32 arrays as ``numpy.savez`` does, whole or not at all."""
-    arrays: dict[str, Any] = {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}
+    arrays: dict[str, Any] = {
+        name: tensor.detach().float().cpu().contiguous().numpy() for name, tensor in tensors.items()
+    }
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)

@@ -267,14 +267,22 @@ class _Views:
             return
         for name in self._names(reads):
             at = Site(name, reads.layer)
-            if self._same:
+            if self._same and not self._is_next_layer(reads, at):
                 yield f"it belongs to {at}", self._view(read=_named(name), write=_named(name))
-            else:
+            elif not self._same:
                 raw = " (before the norm)" if name == "resid_mid" else ""
                 yield f"it reads {at}{raw}, not {reads}", self._view(read=_named(name))
         if not self._same:
             for name in self._names(writes):
                 yield f"it writes {Site(name, writes.layer)}, not {writes}", self._view(write=_named(name))
+
+    def _is_next_layer(self, site: Site, other: Site) -> bool:
+        """Whether ``other`` is the tensor that ``site`` is in a neighbouring layer: the stream between two layers."""
+        last = self._gemma.shape.n_layers - 1
+        pair = (site.name, other.name)
+        return (pair == ("resid_post", "resid_pre") and site.layer != 0) or (
+            pair == ("resid_pre", "resid_post") and site.layer != last
+        )
 
     def _layers(self, shifts: Sequence[int]) -> Iterator[tuple[str, _View]]:
         layers = [site.layer for site in (*self._config.reads, *self._config.writes)]
