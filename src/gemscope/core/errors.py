@@ -15,6 +15,7 @@ GemscopeError                  anything below; exit code 2
 │   └── ArtifactUnreachableError  no network, a busy hub, a connection that keeps breaking
 ├── FormatError                a file is truncated, damaged or of another kind
 ├── StorageError               the disk is full, read-only or not there
+├── PairingError               a dictionary does not belong to this place of this model
 └── SelfTestError              a check on the loaded model failed: results would be wrong
 
 A message is one sentence that names the value, what was expected, and the remedy. ``assert`` is for our own mistakes.
@@ -81,6 +82,10 @@ class FormatError(GemscopeError):
 
 class StorageError(GemscopeError):
     """A file or folder cannot be written."""
+
+
+class PairingError(GemscopeError):
+    """A dictionary does not reconstruct the activations it is said to belong to."""
 
 
 class SelfTestError(GemscopeError):

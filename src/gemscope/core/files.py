@@ -125,14 +125,16 @@ def read_json(path: Path | str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise FormatError(f"cannot read {path} ({error.strerror}); check the path.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON ({error}); write or fetch it again.") from error
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
     with atomic_path(path) as temporary:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, dict(metadata or {}))
+        save_file(
+            {k: v.detach().contiguous() for k, v in tensors.items()}, temporary, dict(metadata) if metadata else None
+        )
 
 
 def read_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
