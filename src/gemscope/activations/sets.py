@@ -83,7 +83,7 @@ class ActivationSet:
         if not 0 < held_out < 1:
             raise InputError(f"held-out share {held_out} is outside (0, 1); use for example 0.1.")
         documents, which = torch.unique(self.doc, return_inverse=True)
-        out = torch.tensor([_share(seed, int(doc)) < held_out for doc in documents], dtype=torch.bool)[which]
+        out = torch.tensor([document_share(seed, int(doc)) < held_out for doc in documents], dtype=torch.bool)[which]
         return self.select(~out), self.select(out)
 
     def width(self, site: Site | str) -> int:
@@ -149,7 +149,7 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     return manifest
 
 
-def _share(seed: int, doc: int) -> float:
-    """A fixed number in [0, 1) for a document."""
+def document_share(seed: int, doc: int) -> float:
+    """A fixed number in [0, 1) for a document: on which side of a split it falls, in sets, stores and streams alike."""
     digest = hashlib.blake2b(f"{seed}:{doc}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64

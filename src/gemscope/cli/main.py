@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from gemscope import __version__
-from gemscope.cli import artifacts, catalogue
+from gemscope.cli import artifacts, catalogue, store
 from gemscope.core.errors import GemscopeError
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+store.register(app)
 
 Model = Annotated[
     str | None,

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from gemscope.activations.harvest import Progress
 from gemscope.core.errors import InputError
@@ -21,6 +22,8 @@ from gemscope.microworld.splits import Split
 from gemscope.models.gemma import Gemma
 from gemscope.models.tokens import Tokens
 
+_RUN = 256
+
 
 @dataclass(frozen=True)
 class LabelledText:
@@ -30,10 +33,42 @@ class LabelledText:
     labels: ConceptLabels
 
 
+@dataclass(frozen=True)
+class GeneratedText:
+    """The microworld as a source for a harvest: endless, and any range of it can be had without what lies before."""
+
+    chat: bool
+    """Chats in turn with running text."""
+    split: Split = "train"
+    seed: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """The options, and a hash of the first documents that changes when the generator does."""
+        digest = hashlib.sha256("\n".join(islice(self._run(0), 20)).encode()).hexdigest()
+        return {"kind": "microworld", "chat": self.chat, "split": self.split, "seed": self.seed, "sha256": digest}
+
+    def count(self) -> int | None:
+        """There is no end."""
+        return None
+
+    def read(self, start: int, stop: int) -> Iterator[str]:
+        """Documents by number: every run of 256 has a random stream of its own."""
+        for run in range(start // _RUN, -(-stop // _RUN)):
+            yield from islice(self._run(run), max(start - run * _RUN, 0), min(stop - run * _RUN, _RUN))
+
+    def _run(self, run: int) -> Iterator[str]:
+        seed = int.from_bytes(hashlib.blake2b(f"{self.seed}:{run}".encode(), digest_size=6).digest())
+        return (document.text for document in _texts(self.chat, self.split, seed))
+
+
 def texts(gemma: Gemma, split: Split, seed: int) -> Iterator[Document]:
     """An endless stream of documents: running text, and chats in turn with it for an instruction-tuned model."""
+    return _texts(gemma.is_chat, split, seed)
+
+
+def _texts(chat: bool, split: Split, seed: int) -> Iterator[Document]:
     running = documents("pt", split, seed)
-    if not gemma.is_chat:
+    if not chat:
         return running
     return (document for pair in zip(documents("it", split, seed), running, strict=True) for document in pair)
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gemscope import __version__
 from gemscope.activations.harvest import harvest
 from gemscope.activations.sets import ActivationSet, read_manifest
@@ -31,6 +29,7 @@ from gemscope.core.sites import Site
 from gemscope.evaluation.evaluate import Evaluation, evaluate
 from gemscope.models.gemma import Gemma
 from gemscope.models.loading import BUILT_IN
+from gemscope.models.weights import weights_hash
 from gemscope.suites.config import QuickstartConfig
 from gemscope.suites.corpus import fingerprint, heldout_text, training_text
 from gemscope.suites.suite import Suite, activations_folder, dictionary_folder, evaluation_path
@@ -123,15 +122,6 @@ def quickstart(
     suite = Suite(run.folder, model, gemma.revision, run.sites, about)
     suite.save()
     return suite
-
-
-def weights_hash(gemma: Gemma) -> str:
-    """sha256 over the model's parameters: names, shapes, number types and bytes."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(gemma.model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_owner(folder: Path, model: str) -> None:

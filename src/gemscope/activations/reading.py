@@ -1,0 +1,207 @@
+"""Pools of a store's rows: long runs of neighbouring rows, read by several threads into memory that is used again."""
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gemscope.activations.order import EpochOrder, Ints, Reading, blocks_of, epoch_order
+from gemscope.activations.places import Place
+from gemscope.activations.plan import Plan
+from gemscope.activations.shards import ITEM_BYTES, FileRecord, acts_header, rows_header
+from gemscope.activations.stream import Origin, Pool
+from gemscope.activations.units import TORCH_DTYPE, acts_name, rows_name
+from gemscope.core.arrays import Tensor
+from gemscope.core.errors import FormatError, InputError
+from gemscope.core.sites import Site
+
+Bytes = npt.NDArray[np.uint8]
+Flags = npt.NDArray[np.bool_]
+
+_ORIGIN = ("doc", "pos", "token")
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One unit of a store: a file a site, the same rows in all of them."""
+
+    unit: int
+    rows: int
+    files: Mapping[str, FileRecord]
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What there is to read."""
+
+    place: Place
+    plan: Plan
+    shards: tuple[Shard, ...]
+    keep: tuple[Bytes, ...] | None
+    """For each shard one bit a row, set where the row is wanted; None: all."""
+
+    def kept(self, shard: int, start: int, stop: int) -> Flags | None:
+        """Which of some rows are wanted; None: all."""
+        return None if self.keep is None else unpacked_bits(self.keep[shard], start, stop)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Bytes to be read."""
+
+    handle: int
+    offset: int
+    into: Bytes
+    """[rows, row bytes], what is wanted of it."""
+    rows: int
+    """Rows to be read."""
+    keep: Flags | None
+
+
+@dataclass(eq=False)
+class _Handles:
+    """Open files, until the pool is read."""
+
+    place: Place
+    stack: ExitStack
+    opened: dict[str, int] = field(default_factory=dict[str, int])
+
+    def get(self, shard: Shard, name: str) -> int:
+        """The file's descriptor."""
+        if name not in self.opened:
+            path = self.place.path(name, shard.files[name])
+            try:
+                handle = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise FormatError(f"cannot read {path} ({error.strerror}); verify the store.") from error
+            self.stack.callback(os.close, handle)
+            self.opened[name] = handle
+        return self.opened[name]
+
+
+class StoreReader:
+    """Gives the pools of one stream."""
+
+    def __init__(
+        self, contents: Contents, sites: Sequence[Site], seed: int, reading: Reading, threads: int, origin: bool
+    ) -> None:
+        if threads < 1:
+            raise InputError(f"{threads} threads cannot read; use at least 1.")
+        self._contents, self._sites, self._seed, self._reading = contents, list(sites), seed, reading
+        self._columns = [*map(str, sites), *(_ORIGIN if origin else ())]
+        self._workers = ThreadPoolExecutor(threads, "shard")
+        self._parts = 4 * threads
+        self._rows = [shard.rows for shard in contents.shards]
+        self._kept = [self._kept_in(number) for number in range(len(self._rows))]
+        self._order: tuple[int, EpochOrder] | None = None
+        self._buffers: list[dict[str, Bytes]] = [{}, {}]
+        self._turn = 0
+
+    def pools(self, epoch: int) -> int:
+        """How many pools an epoch has."""
+        return self._epoch(epoch).pools
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._workers.shutdown()
+
+    def load(self, epoch: int, pool: int) -> Pool:
+        """Read the runs of a pool; raises FormatError when a file cannot be read or ends too early."""
+        runs = self._epoch(epoch).runs(pool)
+        spans = list(zip(runs.shard.tolist(), runs.start.tolist(), runs.stop.tolist(), strict=True))
+        keeps = [self._contents.kept(*span) for span in spans]
+        sizes = [b - a if keep is None else int(keep.sum()) for (_, a, b), keep in zip(spans, keeps, strict=True)]
+        at = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+        buffers = self._room(at[-1])
+        with ExitStack() as stack:
+            handles = _Handles(self._contents.place, stack)
+            jobs: list[_Job] = []
+            for (number, start, stop), keep, low, high in zip(spans, keeps, at, at[1:], strict=False):
+                shard = self._contents.shards[number]
+                for column in self._columns:
+                    name, head, row_bytes = self._locate(column, shard)
+                    handle = handles.get(shard, name)
+                    into = buffers[column][low:high]
+                    jobs.append(_Job(handle, head + start * row_bytes, into, stop - start, keep))
+            chunk = -(-len(jobs) // self._parts) or 1
+            chunks = [jobs[i : i + chunk] for i in range(0, len(jobs), chunk)]
+            list(self._workers.map(_read_all, chunks))
+        return self._pool(buffers, at[-1])
+
+    def _pool(self, buffers: Mapping[str, Bytes], rows: int) -> Pool:
+        def tensor(column: str, dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(buffers[column]).view(dtype)
+
+        dtype = TORCH_DTYPE[self._contents.plan.dtype]
+        acts = {site: tensor(str(site), dtype) for site in self._sites}
+        if _ORIGIN[0] not in self._columns:
+            return Pool(rows, acts, None)
+        doc, pos, token = (tensor(name, torch.int32)[:rows, 0] for name in _ORIGIN)
+        return Pool(rows, acts, Origin(doc, pos, token))
+
+    def _locate(self, column: str, shard: Shard) -> tuple[str, int, int]:
+        """(file, where its data begins, bytes of a row) of a column in a shard."""
+        if column in _ORIGIN:
+            return rows_name(shard.unit), len(rows_header(shard.rows)) + _ORIGIN.index(column) * 4 * shard.rows, 4
+        plan, site = self._contents.plan, Site.parse(column)
+        width = plan.sites[site].width
+        head = len(acts_header(shard.rows, width, plan.dtype))
+        return acts_name(site, shard.unit), head, width * ITEM_BYTES[plan.dtype]
+
+    def _room(self, rows: int) -> dict[str, Bytes]:
+        """The memory that was not used for the last pool, enlarged if need be."""
+        self._turn = 1 - self._turn
+        mine = self._buffers[self._turn]
+        if not mine or any(len(x) < rows for x in mine.values()):
+            mine.clear()
+            room = max(rows, self._reading.pool_rows if rows > self._reading.pool_rows // 2 else rows)
+            for column in self._columns:
+                row_bytes = self._locate(column, self._contents.shards[0])[2]
+                mine[column] = np.empty((room + self._reading.block_rows, row_bytes), np.uint8)
+        return mine
+
+    def _epoch(self, epoch: int) -> EpochOrder:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_order(self._rows, self._kept, self._reading, self._seed, epoch)
+        return self._order[1]
+
+    def _kept_in(self, shard: int) -> Ints:
+        """Wanted rows of each block of a shard."""
+        rows = self._rows[shard]
+        start = blocks_of(rows, self._reading.block_rows)
+        if (keep := self._contents.kept(shard, 0, rows)) is not None:
+            return np.add.reduceat(keep, start, dtype=np.int64)
+        return np.minimum(start + self._reading.block_rows, rows) - start
+
+
+def unpacked_bits(packed: Bytes, start: int, stop: int) -> Flags:
+    """Bits ``start`` to ``stop`` as flags."""
+    first = start // 8
+    return np.unpackbits(packed[first : -(-stop // 8)])[start - 8 * first : stop - 8 * first].astype(bool)
+
+
+def _read_all(jobs: Sequence[_Job]) -> None:
+    for job in jobs:
+        if job.keep is None:
+            _read(job.handle, job.offset, job.into)
+        elif len(job.into):
+            all_rows = np.empty((job.rows, job.into.shape[1]), np.uint8)
+            _read(job.handle, job.offset, all_rows)
+            np.compress(job.keep, all_rows, axis=0, out=job.into)
+
+
+def _read(handle: int, offset: int, into: Bytes) -> None:
+    view = into.data.cast("B")
+    while view:
+        try:
+            count = os.preadv(handle, [view], offset)
+        except OSError as error:
+            raise FormatError(f"cannot read a shard ({error.strerror}); verify the store.") from error
+        if count == 0:
+            raise FormatError("a shard ends before its last row; it was truncated while open: verify the store.")
+        view, offset = view[count:], offset + count
