@@ -1,7 +1,8 @@
 """In which order a store is read: a function of seed and epoch, known without reading a row.
 
-- shards are permuted; a few at a time are open;
-- the blocks of the open shards are permuted, and runs of them make *pools*;
+- shards are permuted and opened one after the other, so that always about the same few are open (in a circle: those
+  open at the end are opened before the beginning);
+- the blocks of the open shards come at random, and runs of them make *pools*;
 - the rows of a pool, all in memory at once, are permuted.
 
 Rows were shuffled in buckets when they were written, so a pool is a random sample of the open shards, and
@@ -17,6 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gemscope.core.errors import FormatError
+
+BLOCKS, ROWS, LIVE_ROWS, LIVE_TEXTS, LIVE_UNITS = range(1, 6)
+"""Last word of a seed. Each use has its own: a permutation that is drawn twice with one seed undoes itself. (A bucket's
+is [seed, unit, bucket], that is 0.)"""
 
 Ints = npt.NDArray[np.int64]
 
@@ -50,7 +55,7 @@ class Reading:
     block_rows: int = 512
     """Neighbouring rows that are read together."""
     open_shards: int = 8
-    """Shards that a pool draws from."""
+    """Shards that a pool draws from, about."""
     pool_rows: int = 1 << 18
     """Rows mixed at a time; two pools are in memory."""
 
@@ -97,25 +102,25 @@ def blocks_of(rows: int, block_rows: int) -> Ints:
 
 def epoch_order(shard_rows: Sequence[int], kept: Sequence[Ints], reading: Reading, seed: int, epoch: int) -> EpochOrder:
     """``kept`` says for each block of each shard how many of its rows are wanted; blocks without any are not read."""
-    random = np.random.default_rng([seed, epoch])
-    parts: list[tuple[Ints, Ints, Ints, Ints]] = []
-    order = random.permutation(len(shard_rows))
-    for at in range(0, len(order), reading.open_shards):
-        window = [int(shard) for shard in order[at : at + reading.open_shards]]
-        start = [blocks_of(shard_rows[shard], reading.block_rows) for shard in window]
-        stop = [np.minimum(s + reading.block_rows, shard_rows[n]) for s, n in zip(start, window, strict=True)]
-        number = [np.full(len(s), n, dtype=np.int64) for s, n in zip(start, window, strict=True)]
-        columns = [np.concatenate(c) for c in (number, start, stop, [kept[n] for n in window])]
-        wanted = random.permutation(np.flatnonzero(columns[3]))
-        parts.append((columns[0][wanted], columns[1][wanted], columns[2][wanted], columns[3][wanted]))
+    random = np.random.default_rng([seed, epoch, 0, BLOCKS])
+    count = len(shard_rows)
+    rank = random.permutation(count)
+    starts = [blocks_of(rows, reading.block_rows) for rows in shard_rows]
     none = np.empty(0, dtype=np.int64)
-    shard, begin, end, rows = (np.concatenate(c) for c in zip((none, none, none, none), *parts, strict=True))
-    return EpochOrder(shard, begin, end, _cuts(rows, reading.pool_rows))
+    start = np.concatenate([none, *starts])
+    shard = np.repeat(np.arange(count), [len(one) for one in starts])
+    rows = np.concatenate([none, *kept])
+    stop = np.minimum(start + reading.block_rows, np.array(shard_rows, dtype=np.int64)[shard])
+    # a shard is open from its rank on, for as long as it takes to open the next few; around the end and on
+    time = (rank[shard] + min(reading.open_shards, count) * random.random(len(shard))) % max(count, 1)
+    order = np.argsort(time, kind="stable")
+    order = order[rows[order] > 0]
+    return EpochOrder(shard[order], start[order], stop[order], _cuts(rows[order], reading.pool_rows))
 
 
 def row_order(rows: int, seed: int, epoch: int, pool: int) -> Ints:
     """The permutation of a pool's rows."""
-    return np.random.default_rng([seed, epoch, pool]).permutation(rows)
+    return np.random.default_rng([seed, epoch, pool, ROWS]).permutation(rows)
 
 
 def _cuts(rows: Ints, pool_rows: int) -> Ints:

@@ -106,10 +106,6 @@ class StoreReader:
         """How many pools an epoch has."""
         return self._epoch(epoch).pools
 
-    def close(self) -> None:
-        """Stop the threads."""
-        self._workers.shutdown()
-
     def load(self, epoch: int, pool: int) -> Pool:
         """Read the runs of a pool; raises FormatError when a file cannot be read or ends too early."""
         runs = self._epoch(epoch).runs(pool)

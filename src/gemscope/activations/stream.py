@@ -5,7 +5,6 @@ The same for rows that come from a disk, from an object store, or from a model o
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -50,10 +49,6 @@ class PoolReader(Protocol):
         """One of them."""
         ...
 
-    def close(self) -> None:
-        """Let go of files and threads."""
-        ...
-
 
 _Step = tuple[dict[Site, Tensor], Origin | None, Position]
 
@@ -82,82 +77,90 @@ class Stream(Iterator[dict[Site, Float[Tensor, "batch _"]]]):
         """The place of the next batch: hand it to another stream with the same arguments to go on from here."""
         self.origin: Origin | None = None
         """Of the rows of the last batch, when it was asked for."""
-        self._reader, self._sites, self._size, self._seed = reader, list(sites), batch_size, seed
-        self._last = None if epochs is None else start.epoch + epochs
-        self._device = device
-        self._steps = self._ahead()
+        last = None if epochs is None else start.epoch + epochs
+        self._steps = _Steps(reader, list(sites), batch_size, seed, start, last, device).ahead()
 
     def __next__(self) -> dict[Site, Float[Tensor, "batch _"]]:
         acts, self.origin, self.position = next(self._steps)
         return acts
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading; whoever just drops the stream stops it too."""
         self._steps.close()
 
-    def _ahead(self) -> Generator[_Step]:
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """Makes the steps of a stream, without knowing the stream: it may be dropped at any time.
+
+    Nothing is shut down where a generator is closed: that may happen inside the garbage collector, in any thread,
+    with any lock held. Threads whose executor is gone end by themselves.
+    """
+
+    reader: PoolReader
+    sites: list[Site]
+    size: int
+    seed: int
+    start: Position
+    last: int | None
+    """The epoch to stop before."""
+    device: torch.device | None
+
+    def ahead(self) -> Generator[_Step]:
         """Each step while the next is under way to the device."""
         before: _Step | None = None
-        steps = self._cut()
-        try:
-            for acts, origin, position in steps:
-                step = {site: self._to_device(x) for site, x in acts.items()}, origin, position
-                if before is not None:
-                    yield before
-                before = step
+        for acts, origin, position in self._cut():
+            step = {site: self._to_device(x) for site, x in acts.items()}, origin, position
             if before is not None:
                 yield before
-        finally:
-            steps.close()
+            before = step
+        if before is not None:
+            yield before
 
     def _to_device(self, x: Tensor) -> Tensor:
-        if self._device is None or self._device.type == "cpu":
+        if self.device is None or self.device.type == "cpu":
             return x
-        return (x.pin_memory() if self._device.type == "cuda" else x).to(self._device, non_blocking=True)
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
     def _cut(self) -> Generator[_Step]:
         """Batches of the permuted pools; a batch may begin in one pool and end in the next."""
         gathered: list[tuple[dict[Site, Tensor], Origin | None]] = []
         have = 0
-        pools = self._pools()
-        try:
-            for at, pool, is_last in pools:
-                order = torch.from_numpy(row_order(pool.rows, self._seed, at.epoch, at.pool))
-                row = at.row
-                while row < pool.rows:
-                    rows = order[row : row + self._size - have]
-                    gathered.append(self._gather(pool, rows))
-                    row, have = row + len(rows), have + len(rows)
-                    if have == self._size or (is_last and row == pool.rows):
-                        after = Position(at.epoch, at.pool, row)
-                        if row == pool.rows:
-                            after = Position(at.epoch + 1) if is_last else Position(at.epoch, at.pool + 1)
-                        yield *_joined(gathered), after
-                        gathered, have = [], 0
-        finally:
-            pools.close()
+        for at, pool, is_last in self._pools():
+            order = torch.from_numpy(row_order(pool.rows, self.seed, at.epoch, at.pool))
+            row = at.row
+            while row < pool.rows:
+                rows = order[row : row + self.size - have]
+                gathered.append(self._gather(pool, rows))
+                row, have = row + len(rows), have + len(rows)
+                if have == self.size or (is_last and row == pool.rows):
+                    after = Position(at.epoch, at.pool, row)
+                    if row == pool.rows:
+                        after = Position(at.epoch + 1) if is_last else Position(at.epoch, at.pool + 1)
+                    yield *_joined(gathered), after
+                    gathered, have = [], 0
 
     def _gather(self, pool: Pool, rows: Int[Tensor, "rows"]) -> tuple[dict[Site, Tensor], Origin | None]:
-        acts = {site: torch.index_select(pool.acts[site], 0, rows) for site in self._sites}
+        acts = {site: torch.index_select(pool.acts[site], 0, rows) for site in self.sites}
         old = pool.origin
         return acts, None if old is None else Origin(old.doc[rows], old.pos[rows], old.token[rows])
 
     def _pools(self) -> Generator[tuple[Position, Pool, bool]]:
         """(where it begins, the pool, whether it ends an epoch), the next one being loaded meanwhile."""
-        with ThreadPoolExecutor(1, "pool") as background, closing(self._reader):
-            waiting: tuple[Position, bool, Future[Pool]] | None = None
-            for at, is_last in self._places():
-                upcoming = at, is_last, background.submit(self._reader.load, at.epoch, at.pool)
-                if waiting is not None:
-                    yield waiting[0], waiting[2].result(), waiting[1]
-                waiting = upcoming
+        background = ThreadPoolExecutor(1, "pool")
+        waiting: tuple[Position, bool, Future[Pool]] | None = None
+        for at, is_last in self._places():
+            upcoming = at, is_last, background.submit(self.reader.load, at.epoch, at.pool)
             if waiting is not None:
                 yield waiting[0], waiting[2].result(), waiting[1]
+            waiting = upcoming
+        if waiting is not None:
+            yield waiting[0], waiting[2].result(), waiting[1]
 
     def _places(self) -> Generator[tuple[Position, bool]]:
-        epoch, pool, row = self.position.epoch, self.position.pool, self.position.row
-        while self._last is None or epoch < self._last:
-            count = self._reader.pools(epoch)
+        epoch, pool, row = self.start.epoch, self.start.pool, self.start.row
+        while self.last is None or epoch < self.last:
+            count = self.reader.pools(epoch)
             if count == 0:
                 return
             for number in range(pool, count):

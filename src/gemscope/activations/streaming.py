@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from gemscope.activations.order import Position
+from gemscope.activations.order import LIVE_ROWS, LIVE_TEXTS, LIVE_UNITS, Position
 from gemscope.activations.pieces import encode
 from gemscope.activations.plan import HarvestConfig, Plan, make_plan
 from gemscope.activations.sets import document_share
@@ -129,9 +129,6 @@ class _LiveReader:
         """One a unit."""
         return self._plan.units
 
-    def close(self) -> None:
-        """Nothing is open."""
-
     def load(self, epoch: int, pool: int) -> Pool:
         """Run the documents of a pool."""
         chosen = self._documents(epoch, pool)
@@ -141,7 +138,7 @@ class _LiveReader:
         rows = int(pieces.content.sum())
         bucket = self._room(rows)
         if rows:
-            for _ in fill(gemma, plan, pieces, np.arange(len(pieces)), [self._seed, epoch, pool], bucket):
+            for _ in fill(gemma, plan, pieces, np.arange(len(pieces)), [self._seed, epoch, pool, LIVE_ROWS], bucket):
                 pass
         numbers = np.array([number for number, _ in chosen], dtype=np.int64)
         doc = numbers[bucket.doc] if bucket.rows else np.empty(0, np.int64)
@@ -151,16 +148,18 @@ class _LiveReader:
     def _documents(self, epoch: int, pool: int) -> list[tuple[int, Text]]:
         """(number, text) of the documents of a pool: a share of the permuted documents of the open units."""
         plan, live = self._plan, self._live
-        order = np.random.default_rng([self._seed, epoch]).permutation(plan.units)
-        first = pool - pool % _OPEN_UNITS
-        members = order[first : first + _OPEN_UNITS].tolist()
+        order = np.random.default_rng([self._seed, epoch, 0, LIVE_UNITS]).permutation(plan.units)
+        windows = -(-plan.units // _OPEN_UNITS)
+        edges = [i * plan.units // windows for i in range(windows + 1)]
+        first = max(edge for edge in edges if edge <= pool)
+        members = order[first : min(edge for edge in edges if edge > pool)].tolist()
         if self._window is None or self._window[:2] != (epoch, first):
             texts: list[tuple[int, Text]] = []
             for unit in members:
                 start, stop = plan.range(unit)
                 numbered = zip(range(start, stop), live.source.read(start, stop), strict=False)
                 texts += [(number, text) for number, text in numbered if live.wanted(number)]
-            mixed = np.random.default_rng([self._seed, epoch, first, 1]).permutation(len(texts))
+            mixed = np.random.default_rng([self._seed, epoch, first, LIVE_TEXTS]).permutation(len(texts))
             self._window = epoch, first, [texts[i] for i in mixed]
         texts, share = self._window[2], pool - first
         cuts = [len(texts) * i // len(members) for i in (share, share + 1)]

@@ -118,7 +118,7 @@ def info_table(found: StoreInfo) -> RenderableType:
     return Group(*shown, Text(), table)
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

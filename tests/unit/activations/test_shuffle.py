@@ -15,13 +15,13 @@ from unit.activations import shuffling, small
 
 LIMIT = 5.0
 SITE = "resid_post.0"
-CONFIG = HarvestConfig((SITE,), context=64, bucket_rows=3000, unit_rows=2500, batch_tokens=2048)
+CONFIG = HarvestConfig((SITE,), context=64, bucket_rows=6000, unit_rows=5000, batch_tokens=8192)
 
 
 @pytest.fixture(scope="module")
 def text():
     """The worst order: all short texts first."""
-    items = [item for item in small.corpus().items if isinstance(item, str) and item] * 12
+    items = [item for item in small.corpus().items if isinstance(item, str) and len(item.split()) > 5] * 20
     return Documents(tuple(sorted(items, key=lambda item: len(item.split()))))
 
 
@@ -31,12 +31,15 @@ def store(tmp_path_factory, text):
 
 
 def test_rows_of_a_bucket_lie_as_a_random_permutation_would_put_them(store):
-    for shard in store.shards:
-        doc = store.origin(shard.unit).doc.numpy()
-        assert abs(shuffling.spread(doc)) < LIMIT
-        assert abs(shuffling.neighbours(doc)) < LIMIT
-        assert shuffling.spread(np.sort(doc)) > 10 * LIMIT
-        assert shuffling.neighbours(np.sort(doc)) > 10 * LIMIT
+    for record in store.manifest["units"]:
+        whole, at = store.origin(record["unit"]).doc.numpy(), 0
+        for rows in record["buckets"]:
+            doc = whole[at : at + rows]
+            assert abs(shuffling.spread(doc)) < LIMIT
+            assert abs(shuffling.neighbours(doc)) < LIMIT
+            assert shuffling.spread(np.sort(doc)) > 10 * LIMIT
+            assert shuffling.neighbours(np.sort(doc)) > 10 * LIMIT
+            at += rows
 
 
 def drawn(stream) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -61,37 +64,58 @@ def test_batches_of_a_store_are_random_samples(store):
         assert well_mixed(*drawn(store.stream([SITE], 256, seed, epochs=1, origin=True)))
 
 
-def test_batches_of_pools_smaller_than_the_store_are_nearly_random_samples(store):
-    reading = Reading(block_rows=16, open_shards=8, pool_rows=4000)
-    docs, norms = drawn(store.stream([SITE], 256, 0, epochs=1, origin=True, reading=reading))
-    assert well_mixed(docs, norms, limit=2 * LIMIT)
+def test_the_order_of_reading_does_not_undo_that_of_writing(tmp_path, text):
+    """One bucket, one pool, one seed."""
+    one = replace(CONFIG, tokens=2000, bucket_rows=10**6, unit_rows=10**6, seed=0)
+    single = Store.open(small.store(tmp_path / "s", one, text))
+    assert single.plan.units == 1
+    docs, norms = drawn(single.stream([SITE], 64, 0, epochs=1, origin=True))
+    assert well_mixed(docs, norms)
 
 
-def test_batches_on_the_fly_are_random_samples_too(text):
-    live = LiveActivations.of(small.model(), text, CONFIG, pool_rows=4000)
-    assert live.plan.units > 4
-    docs, norms = drawn(live.stream([SITE], 256, 1, epochs=1))
-    assert well_mixed(docs, norms, limit=2 * LIMIT)
+def test_batches_of_pools_smaller_than_the_store_are_random_samples_too(store):
+    reading = Reading(block_rows=16, open_shards=8, pool_rows=8000)
+    assert 2 < len(store.shards) <= 8
+    docs, norms = drawn(store.stream([SITE], 64, 0, epochs=1, origin=True, reading=reading))
+    assert well_mixed(docs, norms)
 
 
-def test_a_store_that_was_not_shuffled_fails(store, monkeypatch, tmp_path, text):
+def test_batches_on_the_fly_are_random_samples(text):
+    live = LiveActivations.of(small.model(), text, CONFIG, pool_rows=8000)
+    assert 2 < live.plan.units <= 8
+    docs, norms = drawn(live.stream([SITE], 64, 1, epochs=1))
+    assert abs(shuffling.batch_means([x.astype(float) for x in docs])) < LIMIT
+    assert abs(shuffling.batch_means(norms)) < LIMIT
+    # whole documents are in a pool, so their rows are scattered over the pool
+    stream, pools = live.stream([SITE], 10**6, 1, epochs=1), []
+    for _ in stream:
+        pools.append(stream.origin.doc.numpy())
+    reader_pools = [x for x in np.array_split(np.concatenate(pools), live.plan.units) if len(x) > 1000]
+    for doc in reader_pools[:1]:
+        assert abs(shuffling.spread(doc[:4000])) < LIMIT
+        assert shuffling.spread(np.sort(doc)) > 10 * LIMIT
+
+
+def test_a_store_that_was_not_shuffled_fails(monkeypatch, tmp_path, text):
     class Unshuffled:
-        def permutation(self, n):
-            return np.arange(n)
+        permutation = staticmethod(np.arange)
 
+    random = np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda *_: Unshuffled())
     plain = Store.open(small.store(tmp_path / "s", CONFIG, text))
+    monkeypatch.setattr(np.random, "default_rng", random)
     doc = plain.origin(0).doc.numpy()
     assert shuffling.spread(doc) > 10 * LIMIT
     assert shuffling.neighbours(doc) > 10 * LIMIT
-    docs, norms = drawn(plain.stream([SITE], 256, 0, epochs=1, origin=True))
-    assert shuffling.batch_means([x.astype(float) for x in docs]) > 10 * LIMIT
-    assert not well_mixed(docs, norms)
-    assert not well_mixed(*drawn(LiveActivations.of(small.model(), text, CONFIG).stream([SITE], 256, epochs=1)))
+    # pools alone do not make up for it, nor would shuffled shards that are read one after the other
+    reading = Reading(block_rows=512, open_shards=8, pool_rows=4000)
+    assert not well_mixed(*drawn(plain.stream([SITE], 64, 0, epochs=1, origin=True, reading=reading)))
+    monkeypatch.setattr("gemscope.activations.stream.row_order", lambda rows, *_: np.arange(rows))
+    assert not well_mixed(*drawn(plain.stream([SITE], 64, 0, epochs=1, origin=True)))
 
 
 def test_every_row_comes_once_and_belongs_to_its_token(store, text):
-    live = LiveActivations.of(small.model(), text, replace(CONFIG, dtype="float32"), pool_rows=3000)
+    live = LiveActivations.of(small.model(), text, replace(CONFIG, dtype="float32"), pool_rows=8000)
     table = {}
     for shard in store.shards:
         origin = store.origin(shard.unit)
@@ -103,7 +127,7 @@ def test_every_row_comes_once_and_belongs_to_its_token(store, text):
         (x,) = batch.values()
         keys = list(zip(stream.origin.doc.tolist(), stream.origin.pos.tolist(), strict=True))
         seen += keys
-        for i in range(0, len(keys), 50):
+        for i in range(0, len(keys), 100):
             token, row = table[keys[i]]
             assert token == stream.origin.token[i]
             torch.testing.assert_close(x[i], row, rtol=2e-2, atol=2e-2)

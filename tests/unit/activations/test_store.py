@@ -1,7 +1,9 @@
 """Reading a store: the same rows for all sites, an order that is a function of seed and epoch, exact resume."""
 
+import gc
 import json
 import threading
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -174,13 +176,28 @@ def test_several_threads_read_one_store_at_once(store):
         assert all(torch.equal(a, b) for a, b in zip(results[0], results[number], strict=True))
 
 
-def test_a_stream_that_is_left_in_the_middle_lets_go(store):
+@pytest.mark.parametrize("how", ["close", "drop", "cycle", "own thread"])
+def test_a_stream_that_is_left_in_the_middle_lets_go(store, how):
+    """Wherever it is dropped: also by the garbage collector, in a thread that serves the stream."""
+    gc.collect()
     before = threading.active_count()
-    stream = store.stream(["mlp_act.1"], 10, reading=READING)
+    streams = [store.stream(["mlp_act.1"], 10, reading=READING)]
     for _ in range(5):
-        next(stream)
-    stream.close()
-    assert threading.active_count() == before
+        next(streams[0])
+    if how == "close":
+        streams[0].close()
+    elif how == "cycle":
+        streams[0].myself = streams[0]
+    if how == "own thread":
+        workers = streams[0]._steps.gi_frame.f_locals["self"].reader._workers
+        workers.submit(streams.clear).result(timeout=30)
+        del workers
+    streams.clear()
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
 
 
 def test_what_is_not_there_is_refused(store, tmp_path):
