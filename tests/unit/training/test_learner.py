@@ -9,15 +9,15 @@ from gemscope.dictionaries.activations import jump_relu, step
 from gemscope.dictionaries.sae import SAE
 from gemscope.training.config import TrainConfig
 from gemscope.training.data import moments
-from gemscope.training.learner import Learner, remove_parallel
+from gemscope.training.single import SingleLayerLearner, remove_parallel
 from unit.training.worlds import SITE, superposition
 
 CONFIG = TrainConfig(SITE, d_sae=64, target_l0=4.0, first_l0_factor=1.5, steps=50, batch_size=256)
 
 
-def _learner(config: TrainConfig = CONFIG) -> tuple[Learner, torch.Tensor]:
+def _learner(config: TrainConfig = CONFIG) -> tuple[SingleLayerLearner, torch.Tensor]:
     x, _ = superposition(4096)
-    return Learner(config, x, moments(x, SITE)), x
+    return SingleLayerLearner(config, {SITE: x}), x
 
 
 def test_moments_are_those_of_the_rows() -> None:
@@ -45,7 +45,7 @@ def test_constraints_hold_after_every_step() -> None:
     learner, x = _learner(dataclasses.replace(CONFIG, threshold_learning_rate=5.0))
     reached_zero = False
     for done in range(20):
-        learner.update(x[done * 128 : (done + 1) * 128], done)
+        learner.update({SITE: x[done * 128 : (done + 1) * 128]}, done)
         torch.testing.assert_close(learner.weights["W_dec"].norm(dim=1), torch.ones(64), rtol=0, atol=1e-6)
         assert learner.weights["threshold"].min() >= 0
         reached_zero |= bool((learner.weights["threshold"] == 0).any())
@@ -73,7 +73,7 @@ def test_the_optimiser_sees_no_parallel_gradient(monkeypatch: pytest.MonkeyPatch
         seen.append((W_dec.grad * W_dec).sum(1).abs().max().item() / W_dec.grad.norm(dim=1).max().item())
 
     monkeypatch.setattr(learner.optimizer, "step", look)
-    learner.update(x[:256], 0)
+    learner.update({SITE: x[:256]}, 0)
     assert seen[0] < 1e-6
 
 
@@ -103,7 +103,7 @@ def test_one_update_follows_the_whole_objective_written_densely() -> None:
         step_once()
 
     learner.optimizer.step = keep  # type: ignore[method-assign]
-    result = learner.update(x, 0)
+    result = learner.update({SITE: x}, 0)
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert result.l0.item() == pytest.approx(l0.mean().item(), rel=1e-6)
     for name, tensor in w.items():
@@ -116,7 +116,7 @@ def test_learning_rates_follow_the_schedule_and_thresholds_have_their_own() -> N
     learner, x = _learner(config)
     pre_scale = learner.bandwidth / config.bandwidth
     for done, factor in [(0, 0.1), (10, 1.0), (50, 1.0), (75, 0.5), (99, 0.02)]:
-        learner.update(x[:64], done)
+        learner.update({SITE: x[:64]}, done)
         rates = [group["lr"] for group in learner.optimizer.param_groups]
         assert rates[0] == pytest.approx(config.learning_rate * factor)
         assert rates[1] == pytest.approx(config.threshold_learning_rate * pre_scale * factor)
@@ -130,10 +130,10 @@ def test_training_is_indifferent_to_the_scale_of_the_activations() -> None:
     finished: list[SAE] = []
     for scale in (1.0, 64.0):
         x = superposition(4096)[0] * scale
-        learner = Learner(CONFIG, x, moments(x, SITE))
+        learner = SingleLayerLearner(CONFIG, {SITE: x})
         for done in range(10):
-            learner.update(x[done * 256 : (done + 1) * 256], done)
-        finished.append(learner.finished(x)[0])
+            learner.update({SITE: x[done * 256 : (done + 1) * 256]}, done)
+        finished.append(learner.finished({SITE: x})[0])
     small, large = finished
     assert torch.equal(small.W_enc, large.W_enc)
     assert torch.equal(small.W_dec, large.W_dec)
@@ -144,8 +144,9 @@ def test_training_is_indifferent_to_the_scale_of_the_activations() -> None:
 def test_the_finished_dictionary_does_on_raw_rows_what_training_did_on_scaled_ones() -> None:
     learner, x = _learner()
     for done in range(10):
-        learner.update(x[done * 256 : (done + 1) * 256], done)
-    finished, factor = learner.finished(x)
+        learner.update({SITE: x[done * 256 : (done + 1) * 256]}, done)
+    finished, numbers = learner.finished({SITE: x})
+    factor = numbers["threshold_factor"]
     w = learner.weights
     pre_acts = (x / learner.moments.scale - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
     acts = torch.where(pre_acts > factor * w["threshold"], pre_acts, 0.0)
@@ -160,10 +161,10 @@ def test_dead_latents_are_counted_in_rows_and_drawn_back() -> None:
     learner, x = _learner(config)
     with torch.no_grad():
         learner.weights["threshold"][5] = 100.0
-    learner.update(x[:600], 0)
+    learner.update({SITE: x[:600]}, 0)
     assert learner.idle_rows[5] == 600
     assert learner.weights["threshold"][5] == 100.0
-    learner.update(x[600:1200], 1)
+    learner.update({SITE: x[600:1200]}, 1)
     assert learner.idle_rows[5] == 1200
     assert learner.weights["threshold"][5] < 100.0
     assert learner.idle_rows[learner.weights["threshold"] < 1].min() == 0
