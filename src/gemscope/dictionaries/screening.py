@@ -161,9 +161,9 @@ class _Product:
 
 
 def _group_size(size: int) -> int:
-    """A power of two that divides ``size``: about a tenth of its square root, so both searches are short."""
+    """A power of two that divides ``size``, an eighth of its square root: both searches are then short."""
     group = 1
-    while size % (2 * group) == 0 and 4 * group * group < size // 12:
+    while size % (2 * group) == 0 and 64 * (2 * group) ** 2 <= size:
         group *= 2
     return group
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -108,7 +109,7 @@ def dots(
         cuts = [*support.row_offsets[: support.batch : _DENSE_ROWS].tolist(), len(support.rows)]
         flat = (support.rows % _DENSE_ROWS) * support.d_sae + support.latents
         parts: list[Tensor] = []
-        for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(cuts)):
             block = left[i * _DENSE_ROWS : (i + 1) * _DENSE_ROWS] @ right.T
             parts.append(block.view(-1).index_select(0, flat[a:b]))
         return torch.cat(parts)
@@ -128,7 +129,7 @@ def _dense_blocks(support: Support, values: Tensor) -> Iterator[tuple[Tensor, in
     """The matrix, some rows at a time, and which row is the first."""
     cuts = [*support.row_offsets[: support.batch : _DENSE_ROWS].tolist(), len(values)]
     flat = (support.rows % _DENSE_ROWS) * support.d_sae + support.latents
-    for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(cuts)):
         count = min(_DENSE_ROWS, support.batch - i * _DENSE_ROWS)
         part = values.new_zeros(count * support.d_sae).index_put_((flat[a:b],), values[a:b])
         yield part.view(count, support.d_sae), i * _DENSE_ROWS

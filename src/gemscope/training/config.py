@@ -11,7 +11,7 @@ from gemscope.dictionaries.activation import Kind as ActivationKind
 DictionaryKind = Literal["sae", "transcoder", "skip_transcoder", "crosscoder", "clt"]
 Sparsity = Literal["quadratic", "linear", "tanh", "l1"]
 Decay = Literal["linear", "cosine", "constant"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 MULTI_LAYER: tuple[DictionaryKind, ...] = ("crosscoder", "clt")
 """Kinds that read several layers."""
@@ -67,10 +67,11 @@ class TrainConfig:
     """Adam's decay of the first moment; Gemma Scope trains without momentum."""
     beta2: float = 0.999
     """Adam's decay of the second moment."""
-    product_dtype: Precision = "float32"
-    """Of the encoder product; weights, moments and everything else stay in fp32."""
-    weight_dtype: Precision = "float32"
-    """Of W_enc and W_dec while training (rounded stochastically); thresholds, biases and moments stay in fp32."""
+    product_dtype: Precision = "auto"
+    """Of the product that finds the active latents. With ``bfloat16`` it lets through all that may be active, and
+    their pre-activations are then computed in fp32: the result is that of ``float32``, and faster where the
+    processor multiplies bf16 natively, which is when ``auto`` takes it. Weights, moments and everything else are
+    fp32."""
 
     sparsity: Sparsity = "quadratic"
     """The penalty of ``relu`` and ``jumprelu``: ``quadratic`` (2/L)(l0 - L)^2 per row (Gemma Scope 2), ``linear`` l0,
@@ -170,7 +171,6 @@ class TrainConfig:
             "sparsity": Sparsity,
             "decay_shape": Decay,
             "product_dtype": Precision,
-            "weight_dtype": Precision,
         }
         for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
