@@ -15,6 +15,8 @@ The bound: rounding to bf16 changes a number by at most 2^-9 of itself, so |x~ .
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -28,13 +30,24 @@ _BLOCK = {"cpu": 1 << 22}
 _UNIT = 2.0**-9
 """Relative rounding error of bf16."""
 
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """What the processor can do; empty where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
 Found = tuple[Support, Float[Tensor, " entries"]]
 
 
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether this processor multiplies bf16 matrices faster than fp32 ones."""
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported()
+        return "avx512_bf16" in _cpu_flags()
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
@@ -140,7 +153,7 @@ class _Product:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for start in range(0, len(x), self.rows):
             block = torch.addmm(bias, x[start : start + self.rows], E.T)
-            maxima = block.view(len(block), self.group, -1).amax(1).float()
+            maxima = block.view(len(block), self.group, -1).amax(1).to(self.x.dtype)
             low = floor(maxima, start)
             if self.margins is not None:
                 slack = self.margins[start : start + self.rows] * (2 if twice else 1)
@@ -175,7 +188,7 @@ def _look(block: Tensor, maxima: Tensor, floor: Tensor, group: int, start: int) 
     row = torch.div(hit, count, rounding_mode="floor")
     first = row * block.shape[1] + hit - row * count
     steps = torch.arange(group, device=block.device) * count
-    found = block.view(-1)[(first[:, None] + steps).view(-1)].view(-1, group).float()
+    found = block.view(-1).take(first[:, None] + steps).to(maxima.dtype)
     where = (found >= floor.view(-1).index_select(0, row)[:, None]).view(-1).nonzero()[:, 0]
     of = torch.div(where, group, rounding_mode="floor")
     rows = row.index_select(0, of)

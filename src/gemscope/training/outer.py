@@ -22,7 +22,7 @@ from gemscope.dictionaries.sparse import Support, dots, times_latents, times_row
 class OuterGradient:
     """A gradient [d_sae, d], the sum of (sparse [rows, d_sae])' @ (table [rows, d])."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     terms: list[tuple[Support, Tensor, Tensor]] = field(default_factory=list[tuple[Support, Tensor, Tensor]])
 
     def add(self, support: Support, values: Tensor, table: Tensor) -> None:
@@ -105,7 +105,8 @@ class _Encode(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         support, x, E, gradient = cast(tuple[Support, Tensor, Tensor, OuterGradient], ctx.rest)
-        gradient.add(*_nonzero(support, grad), x)
+        active, values = _nonzero(support, grad)
+        gradient.add(active, values, x)
         of_bias = grad.new_zeros(support.d_sae).index_add_(0, support.latents, grad)
         of_centre = -(of_bias @ E) if ctx.needs_input_grad[2] else None
         return None, of_bias, of_centre, None, None, None, None
@@ -133,14 +134,16 @@ class _Decode(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, support: Support, W_dec: Tensor, gradient: OuterGradient) -> Tensor:
         ctx.rest = (support, W_dec, gradient)
-        ctx.codes = _nonzero(support, values)
-        return times_latents(*ctx.codes, W_dec)
+        active, values = _nonzero(support, values)
+        ctx.codes = (active, values)
+        return times_latents(active, values, W_dec)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         support, W_dec, gradient = cast(tuple[Support, Tensor, OuterGradient], ctx.rest)
         grad = grads[0].contiguous()
-        gradient.add(*ctx.codes, grad)
+        active, values = cast(tuple[Support, Tensor], ctx.codes)
+        gradient.add(active, values, grad)
         return dots(support, grad, W_dec) if ctx.needs_input_grad[0] else None, None, None, None
 
 

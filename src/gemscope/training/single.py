@@ -83,9 +83,9 @@ class SingleLayerLearner:
         raises InputError when it is not. ``splice`` is needed where ``config.end_to_end`` is above 0.
         """
         self.config = config
-        x, y = calibration[config.reads[0]].float(), calibration[config.writes[0]].float()
+        x, y = _wide(calibration[config.reads[0]]), _wide(calibration[config.writes[0]])
         self.moments_in, self.moments_out = moments(x, config.reads[0]), moments(y, config.writes[0])
-        self.centre = (self.moments_in.mean / self.moments_in.scale).to(x.device)
+        self.centre = self.moments_in.mean.to(x) / self.moments_in.scale
         self.splice = start.checked_splice(config, splice)
         scaled = x / self.moments_in.scale
         if initial is None:
@@ -127,8 +127,8 @@ class SingleLayerLearner:
     def update(self, batch: Rows, done: int) -> StepResult:
         """One update on raw rows, after ``done`` updates."""
         config = self.config
-        x = batch[config.reads[0]].float() / self.moments_in.scale
-        y = x if config.kind == "sae" else batch[config.writes[0]].float() / self.moments_out.scale
+        x = _wide(batch[config.reads[0]]) / self.moments_in.scale
+        y = x if config.kind == "sae" else _wide(batch[config.writes[0]]) / self.moments_out.scale
         gradients = {name: OuterGradient(tuple(self.weights[name].shape)) for name in ("E", "W_dec")}
         result = self._backward(x, y, done, gradients)
         rate = self._rate_factor(done)
@@ -314,7 +314,7 @@ class SingleLayerLearner:
     def finished(self, calibration: Rows) -> tuple[Dictionary, dict[str, float]]:
         """The dictionary for raw activations, thresholds set to the target L0 on ``calibration``, and its numbers."""
         config = self.config
-        x = calibration[config.reads[0]].float()
+        x = _wide(calibration[config.reads[0]])
         weights = {name: tensor.detach() for name, tensor in self.weights.items()}
         threshold, factor = weights.get("threshold"), 1.0
         if config.activation == "batchtopk":
@@ -333,6 +333,11 @@ class SingleLayerLearner:
         numbers = {"l0_train": float(l0_train), "l0": _mean_l0(dictionary, x), "threshold_factor": factor}
         numbers |= {"dead_fraction": dead, "scale_in": scales[0], "scale_out": scales[1]}
         return dictionary, numbers | {"bandwidth": self.bandwidth}
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Rows in fp32, or in fp64 where they are."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _mean_l0(dictionary: SingleLayer, x: Float[Tensor, "rows d_in"]) -> float:

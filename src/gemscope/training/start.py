@@ -19,7 +19,7 @@ PUBLIC = {"E": "W_enc"}
 """What the rows of the encoder are called outside."""
 
 Weights = dict[str, Tensor]
-"""E [d_sae, d_in] = W_enc.T, b_enc, W_dec, b_dec; threshold and W_skip where there are any. For scaled, centred rows."""
+"""E [d_sae, d_in] = W_enc.T, b_enc, W_dec, b_dec; threshold and W_skip where there are any."""
 
 
 def unit_rows(d_sae: int, d: int, seed: int) -> Float[Tensor, "d_sae d"]:
@@ -34,7 +34,7 @@ def fresh(
     """From scaled rows: W_enc = W_dec' for an SAE (Gemma Scope, section 3.2); no latent of a transcoder starts with a
     decoder row of its encoder's space, so its row is the mean of y - E[y] over the rows that activate it.
     """
-    E = unit_rows(config.d_sae, x.shape[1], config.seed).to(x.device)
+    E = unit_rows(config.d_sae, x.shape[1], config.seed).to(x)
     weights = {"E": E, "b_enc": E.new_zeros(len(E)), "W_dec": E.clone(), "b_dec": y.mean(0)}
     if config.kind != "sae":
         rows = slice(0, 4096)
@@ -42,7 +42,7 @@ def fresh(
         support, values = top_of_rows(x[rows] - centre, E, weights["b_enc"], k)
         W_dec = times_rows(support, values, y[rows] - weights["b_dec"])
         norms = W_dec.norm(dim=1, keepdim=True)
-        random = unit_rows(config.d_sae, y.shape[1], config.seed + 1).to(x.device)
+        random = unit_rows(config.d_sae, y.shape[1], config.seed + 1).to(x)
         weights["W_dec"] = torch.where(norms > 0, W_dec / norms.clamp(min=1e-30), random)
     if config.kind == "skip_transcoder":
         weights["W_skip"] = x.new_zeros(x.shape[1], y.shape[1])
@@ -58,29 +58,26 @@ def taken(
     if wanted != have or initial.d_in != len(centre):
         raise InputError(
             f"training goes on from a {wanted[0]} of {wanted[1]} latents with {wanted[2]} and d_in {len(centre)}, but"
-            f" the dictionary given is a {have[0]} of {have[1]} with {have[2]} and d_in {initial.d_in}; make them agree."
+            f" the one given is a {have[0]} of {have[1]} with {have[2]} and d_in {initial.d_in}; make them agree."
         )
-    scaled = (
-        initial.fold_scale(1 / scale_in) if config.kind == "sae" else initial.fold_scale(1 / scale_in, 1 / scale_out)
-    )
     if config.kind == "sae":
-        scaled = scaled.unfold_pre_bias()
+        scaled = initial.fold_scale(1 / scale_in).unfold_pre_bias()
     else:
-        scaled = scaled.unfold_pre_bias(centre)
-    size = scaled.W_dec.float().norm(dim=1).clamp(min=1e-30)
+        scaled = initial.fold_scale(1 / scale_in, 1 / scale_out).unfold_pre_bias(centre)
+    size = scaled.W_dec.to(centre).norm(dim=1).clamp(min=1e-30)
     weights = {
-        "E": scaled.W_enc.T.float() * size[:, None],
-        "b_enc": scaled.b_enc.float() * size,
-        "W_dec": scaled.W_dec.float() / size[:, None],
-        "b_dec": scaled.b_dec.float().clone(),
+        "E": scaled.W_enc.T.to(centre) * size[:, None],
+        "b_enc": scaled.b_enc.to(centre) * size,
+        "W_dec": scaled.W_dec.to(centre) / size[:, None],
+        "b_dec": scaled.b_dec.to(centre).clone(),
     }
     if config.activation == "jumprelu":
         assert scaled.threshold is not None
-        weights["threshold"] = scaled.threshold.float() * size
+        weights["threshold"] = scaled.threshold.to(centre) * size
     if scaled.W_skip is not None:
-        weights["W_skip"] = scaled.W_skip.float().clone()
+        weights["W_skip"] = scaled.W_skip.to(centre).clone()
         weights["b_dec"] += centre @ weights["W_skip"]
-    return {name: tensor.detach().contiguous().to(centre.device) for name, tensor in weights.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in weights.items()}
 
 
 def folded(
