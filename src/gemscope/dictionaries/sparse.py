@@ -11,9 +11,10 @@ Notable:
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,10 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 _BLOCK = {"cpu": 1 << 20}
 """Pre-activations computed at a time: 4 MB on a CPU, for its cache; elsewhere few launches matter more."""
+
+
+_DENSE = 0.1
+"""Share of all entries above which dense products are faster on a CPU (benchmarks/train_step.py measures it)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,13 @@ class Support:
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " entries"], Int[Tensor, " d_sae_plus_1"]]:
         """The order that sorts the entries by latent, and where each latent's entries then start."""
-        return torch.sort(self.latents, stable=True)[1], _offsets(self.latents, self.d_sae)
+        short = self.latents.to(torch.int16 if self.d_sae < 1 << 15 else torch.int32)  # sorts in half the time
+        return torch.sort(short, stable=True)[1], _offsets(self.latents, self.d_sae)
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether so many entries are there that dense matrices are faster."""
+        return len(self.rows) > _DENSE * self.batch * self.d_sae
 
     def between(self, first: int, last: int) -> tuple["Support", Bool[Tensor, " entries"]]:
         """The entries of latents ``first`` to ``last`` - 1, and which entries they are."""
@@ -66,6 +77,9 @@ def times_latents(
     support: Support, values: Float[Tensor, " entries"], table: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "batch d"]:
     """The sparse matrix times a matrix with one row per latent."""
+    if support.is_dense:
+        parts = [part @ table for part, _ in _dense_blocks(support, values)]
+        return torch.cat(parts)
     offsets = support.row_offsets[:-1]
     return embedding_bag(support.latents, table, offsets, mode="sum", per_sample_weights=values)
 
@@ -74,6 +88,11 @@ def times_rows(
     support: Support, values: Float[Tensor, " entries"], table: Float[Tensor, "batch d"]
 ) -> Float[Tensor, "d_sae d"]:
     """The transposed sparse matrix times a matrix with one row per batch row."""
+    if support.is_dense:
+        found = table.new_zeros(support.d_sae, table.shape[1])
+        for part, start in _dense_blocks(support, values):
+            found.addmm_(part.T, table[start : start + len(part)])
+        return found
     order, offsets = support.by_latent
     rows, weights = support.rows.index_select(0, order), values.index_select(0, order)
     return embedding_bag(rows, table, offsets[:-1], mode="sum", per_sample_weights=weights)
@@ -82,11 +101,38 @@ def times_rows(
 def dots(
     support: Support, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, " entries"]:
-    """``left[row] . right[latent]`` at each entry."""
-    zeros = left.new_zeros(len(support.rows))
-    size = (support.batch, support.d_sae)
-    matrix = torch.sparse_csr_tensor(support.row_offsets, support.latents, zeros, size, check_invariants=False)
-    return torch.sparse.sampled_addmm(matrix, left, right.T, beta=0.0).values()
+    """``left[row] . right[latent]`` at each entry.
+
+    Taken latent by latent: of the two tables it is then the small one, ``left``, that is read out of order.
+    """
+    if support.is_dense:
+        cuts = [*support.row_offsets[: support.batch : _DENSE_ROWS].tolist(), len(support.rows)]
+        flat = (support.rows % _DENSE_ROWS) * support.d_sae + support.latents
+        parts: list[Tensor] = []
+        for i, (a, b) in enumerate(pairwise(cuts)):
+            block = left[i * _DENSE_ROWS : (i + 1) * _DENSE_ROWS] @ right.T
+            parts.append(block.view(-1).index_select(0, flat[a:b]))
+        return torch.cat(parts)
+    order, offsets = support.by_latent
+    rows = support.rows.index_select(0, order)
+    size = (support.d_sae, support.batch)
+    zeros = left.new_zeros(len(rows))
+    matrix = torch.sparse_csr_tensor(offsets, rows, zeros, size, check_invariants=False)
+    found = torch.sparse.sampled_addmm(matrix, right, left.T, beta=0.0).values()
+    return torch.empty_like(found).index_copy_(0, order, found)
+
+
+_DENSE_ROWS = 256
+
+
+def _dense_blocks(support: Support, values: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """The matrix, some rows at a time, and which row is the first."""
+    cuts = [*support.row_offsets[: support.batch : _DENSE_ROWS].tolist(), len(values)]
+    flat = (support.rows % _DENSE_ROWS) * support.d_sae + support.latents
+    for i, (a, b) in enumerate(pairwise(cuts)):
+        count = min(_DENSE_ROWS, support.batch - i * _DENSE_ROWS)
+        part = values.new_zeros(count * support.d_sae).index_put_((flat[a:b],), values[a:b])
+        yield part.view(count, support.d_sae), i * _DENSE_ROWS
 
 
 @dataclass(frozen=True)
@@ -130,7 +176,7 @@ def select(
         parts.slices += 1
     rows, latents, values = parts.joined(x, d_sae)
     if best is not None and k is not None:
-        keep = _not_surplus(rows, values, best[:, -1], k)
+        keep = not_surplus(rows, values, best[:, -1], k)
         rows, latents, values = rows[keep], latents[keep], values[keep]
     return Support(rows, latents, batch, d_sae), values
 
@@ -164,7 +210,7 @@ def _raise_floor(best: Tensor, pre_acts: Tensor) -> Tensor:
     return best[:, -1:]
 
 
-def _not_surplus(rows: Tensor, values: Tensor, smallest: Tensor, k: int) -> Tensor:
+def not_surplus(rows: Tensor, values: Tensor, smallest: Tensor, k: int) -> Tensor:
     """Which of the candidates are among the ``k`` largest of their row, of equal ones the first."""
     at = smallest[rows]
     tied = values == at
