@@ -1,18 +1,20 @@
 # make demo   look inside the built-in model: set-up, quickstart, one reading
 # make test   the tests (make test-all: the slow ones too)
+# make interop  SAELens, in an environment of its own, reads what we write and the other way round
 # make check  format, lint, types, floors and budgets
 # Each makes .venv and installs what it needs.
 
 PYTHON ?= python3
 VENV := .venv
+INTEROP := .venv-interop
 BIN := $(VENV)/bin
 DEMO_SUITE := suites/microworld-it
-HEADLINE := SPORTS: Harriers beat Rovers in Lyon
+HEADLINE := SCIENCE: Study of the chromosome surprises researchers in Daegu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all check bench docs clean
+.PHONY: demo test test-all interop check bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gemscope quickstart --model microworld-it --out $(DEMO_SUITE)
@@ -23,6 +25,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+interop: $(INTEROP)/.installed
+	$(INTEROP)/bin/python -m pytest tests/interop
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check --quiet .
@@ -39,7 +44,7 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site suites .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP) build dist site suites .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "gemscope needs Python 3.11 or newer; run: make PYTHON=python3.12 ...")'
@@ -54,4 +59,12 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+$(INTEROP)/.installed: pyproject.toml constraints.txt
+	@echo "installing SAELens beside gemscope into $(INTEROP) (a few minutes the first time)"
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		sae-lens==6.54.12 pytest beartype --editable .
 	touch $@

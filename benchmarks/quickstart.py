@@ -43,8 +43,10 @@ def measure(model: str, config: QuickstartConfig) -> list[Result]:
             "FVU": fidelity.fvu,
             "delta loss": found.loss.delta_loss,
             "dead fraction": fidelity.dead_fraction,
-            "concepts with AUROC at least 0.9": concepts.found / len(concepts.scores) if concepts else 0.0,
         }
+        if concepts is not None:
+            for name, (found_, of) in (("concepts", concepts.found), ("passages", concepts.found_passages)):
+                numbers |= {f"{name} with AUROC at least 0.9": found_, f"{name} measured": of}
         units = {"delta loss": "nats"}
         results += [Result(f"{found.site} {name}", value, units.get(name, ""), on) for name, value in numbers.items()]
     return results

@@ -27,5 +27,5 @@ def draw(name: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    draw("look", "look", "SPORTS: Harriers beat Rovers in Lyon")
+    draw("look", "look", "SCIENCE: Study of the chromosome surprises researchers in Daegu")
     draw("quickstart", "quickstart")

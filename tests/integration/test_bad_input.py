@@ -185,7 +185,11 @@ def waiting_run(model: Path, out: Path) -> subprocess.Popen[bytes]:
     """A quickstart in its own process that has reached its (endless) training."""
     words = ["quickstart", "--model", str(model), "--out", str(out), *SMALL[:-1], "1000000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "gemscope.cli.main", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "gemscope.cli.main", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # tests that were started in the background ignore Ctrl-C, and their children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 100
     while not (out / "activations").exists():
@@ -199,7 +203,10 @@ def waiting_run(model: Path, out: Path) -> subprocess.Popen[bytes]:
 def test_ctrl_c_in_training_keeps_what_is_finished(model, tmp_path):
     process = waiting_run(model, tmp_path / "s")
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    try:
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, stderr
     assert b"stopped; what was finished is kept, run the same command again to go on." in stderr
     assert b"Traceback" not in stderr

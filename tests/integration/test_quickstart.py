@@ -49,6 +49,7 @@ def test_the_full_quickstart_takes_minutes_and_finds_concepts(gemscope, tmp_path
         assert evaluation.loss.recovered_mean > 0.9
     best = suite.evaluation(suite.best_site()).concepts
     assert best is not None
-    assert best.found >= 0.5 * len(best.scores)
+    found, measured = best.found
+    assert found >= 0.6 * measured
     looked = gemscope("look", "What is the capital of Japan?", "--chat", "--suite", str(folder), "--json")
     assert json.loads(looked.stdout)["answer"]

@@ -13,7 +13,7 @@ from gemscope.models.tokens import END_OF_TURN, START_OF_TURN, Role
 from gemscope.suites.pieces import shown
 from gemscope.suites.reading import LatentReading, PositionReading, Reading
 
-_TOKEN, _LATENT, _ACT, _CONCEPT = 13, 6, 7, 24
+_TOKEN, _LATENT, _ACT, _STRENGTH, _CONCEPT = 13, 6, 7, 6, 23
 
 
 def reading(read: Reading, width: int) -> RenderableType:
@@ -29,7 +29,12 @@ def _head(read: Reading, width: int) -> Iterator[Text]:
     if read.answer is not None:
         lines = wrap(f"answer: {' '.join(read.answer.split()) or '(nothing)'}", width)
         yield from (Text(line, style="italic") for line in [*lines, ""])
-    titles = _pad("token", _TOKEN) + f"{'latent':>{_LATENT}}{'act':>{_ACT}}  " + _pad("concept", _CONCEPT) + "promotes"
+    titles = (
+        _pad("token", _TOKEN)
+        + f"{'latent':>{_LATENT}}{'act':>{_ACT}}{'of max':>{_STRENGTH + 1}}  "
+        + _pad("concept", _CONCEPT)
+        + "promotes"
+    )
     yield Text(titles, style="dim", no_wrap=True)
 
 
@@ -55,9 +60,11 @@ def _position(position: PositionReading, width: int) -> Iterator[Text]:
 
 
 def _latent(latent: LatentReading, width: int) -> Text:
-    name = "—" if latent.concept is None else f"{latent.concept.replace('_', ' ')} {latent.concept_f1:.2f}"
-    space = width - _TOKEN - _LATENT - _ACT - 2 - _CONCEPT
-    text = Text(f"{latent.latent:>{_LATENT}}{latent.activation:>{_ACT}.2f}  ", style="not bold")
+    name = "—" if latent.concept is None else f"{latent.concept.replace('_', ' ')} {latent.concept_share:.0%}"
+    space = width - _TOKEN - _LATENT - _ACT - _STRENGTH - 3 - _CONCEPT
+    strength = "–" if latent.strength is None else f"{latent.strength:.0%}"
+    numbers = f"{latent.latent:>{_LATENT}}{latent.activation:>{_ACT}.2f}{strength:>{_STRENGTH + 1}}  "
+    text = Text(numbers, style="not bold")
     text.append(_pad(name, _CONCEPT), style="dim not bold" if latent.concept is None else "cyan not bold")
     return text.append(_fit(latent.promotes, space), style="dim not bold")
 

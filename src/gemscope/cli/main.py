@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from gemscope import __version__
-from gemscope.cli import store
+from gemscope.cli import artifacts, catalogue, store
 from gemscope.core.errors import GemscopeError
 
 if TYPE_CHECKING:
@@ -173,6 +173,9 @@ def evaluate(
     suite: SuiteFolder = None,
     layer: Layer = None,
     model: Model = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Measure a folder even if it does not fit its site.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure dictionaries on held-out text: L0, FVU, delta loss, concepts.
@@ -186,7 +189,8 @@ def evaluate(
 
     if dictionary is not None:
         with StageBars() as bars:
-            measured, target = [evaluate_folder(dictionary, model=model, report=bars)], None
+            measured = [evaluate_folder(dictionary, model=model, report=bars, verified=not no_verify)]
+            target = None
     else:
         opened = open_suite(model, suite)
         sites = opened.sites if layer is None else [opened.site(layer)]
@@ -196,6 +200,9 @@ def evaluate(
         print(json.dumps([one.as_dict() for one in measured], ensure_ascii=False, indent=2))
     else:
         out().print(evaluations(measured, target))
+
+
+artifacts.register(app)
 
 
 @app.command()
@@ -214,6 +221,10 @@ def doctor() -> None:
     from gemscope.cli.terminal import out
 
     out().print(report())
+
+
+app.command("list")(catalogue.list_)
+app.command()(catalogue.fetch)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from gemscope.evaluation.concepts import FOUND_AUROC, MIN_POSITIVES
 from gemscope.evaluation.evaluate import Evaluation
 from gemscope.suites.suite import Suite
 
-_COLUMNS = ("site", "L0", "FVU", "Δ loss", "recovered", "dead", "alive", "concepts")
+_COLUMNS = ("site", "L0", "FVU", "Δ loss", "recovered", "dead", "concepts", "passages")
 
 
 def evaluations(measured: Sequence[Evaluation], target_l0: float | None) -> RenderableType:
@@ -31,7 +31,10 @@ def evaluations(measured: Sequence[Evaluation], target_l0: float | None) -> Rend
         "recovered  share of the loss of ablating the site to its mean",
     ]
     if first.concepts is not None:
-        notes.append(f"concepts   found (AUROC ≥ {FOUND_AUROC:g}) of those with ≥ {MIN_POSITIVES} held-out tokens")
+        notes.append(
+            f"concepts   with a latent of AUROC ≥ {FOUND_AUROC:g}, of those with ≥ {MIN_POSITIVES} held-out tokens"
+        )
+        notes.append("passages   the same for labels of whole passages: kinds of text, planted faults")
     return Group(table, Text(), *(Text(note, style="dim") for note in notes))
 
 
@@ -57,7 +60,10 @@ def _cells(evaluation: Evaluation) -> list[str]:
         f"{fidelity.fvu:.4f}",
         f"{loss.delta_loss:.4f}",
         "–" if recovered is None else f"{100 * recovered:.1f}%",
-        str(fidelity.dead),
-        str(fidelity.alive),
-        "–" if concepts is None else f"{concepts.found}/{len(concepts.scores)}",
+        f"{fidelity.dead}/{evaluation.d_sae}",
+        *(
+            ("–", "–")
+            if concepts is None
+            else ("/".join(map(str, n)) for n in (concepts.found, concepts.found_passages))
+        ),
     ]

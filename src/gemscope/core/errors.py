@@ -9,8 +9,13 @@ GemscopeError                  anything below; exit code 2
 │   ├── GatedModelError        the hub wants a licence accepted or a token
 │   ├── HubUnreachableError    no network
 │   └── UnsupportedModelError  a model, but not a Gemma 2 or 3
+├── ArtifactError              a released dictionary cannot be had
+│   ├── ArtifactNotFoundError  not in the catalogue, or not on the hub
+│   ├── ArtifactRefusedError   the hub wants a licence accepted or a token
+│   └── ArtifactUnreachableError  no network, a busy hub, a connection that keeps breaking
 ├── FormatError                a file is truncated, damaged or of another kind
 ├── StorageError               the disk is full, read-only or not there
+├── PairingError               a dictionary does not belong to this place of this model
 └── SelfTestError              a check on the loaded model failed: results would be wrong
 
 A message is one sentence that names the value, what was expected, and the remedy. ``assert`` is for our own mistakes.
@@ -55,12 +60,32 @@ class UnsupportedModelError(ModelError):
     """The checkpoint is of a family other than Gemma 2 and Gemma 3."""
 
 
+class ArtifactError(GemscopeError):
+    """A released dictionary cannot be had."""
+
+
+class ArtifactNotFoundError(ArtifactError):
+    """No released dictionary has this name, or the hub does not have its files."""
+
+
+class ArtifactRefusedError(ArtifactError):
+    """The hub refuses the files until a licence is accepted or a token given."""
+
+
+class ArtifactUnreachableError(ArtifactError):
+    """The hub cannot be reached, asks for patience too long, or keeps breaking the connection."""
+
+
 class FormatError(GemscopeError):
     """A file is truncated, damaged, or not of the expected format."""
 
 
 class StorageError(GemscopeError):
     """A file or folder cannot be written."""
+
+
+class PairingError(GemscopeError):
+    """A dictionary does not reconstruct the activations it is said to belong to."""
 
 
 class SelfTestError(GemscopeError):

@@ -94,13 +94,13 @@ def atomic_folder(path: Path | str) -> Generator[Path]:
             _sync(inner)
         temporary.chmod(0o755)
         old = None
-        if path.exists():
+        if path.exists() or path.is_symlink():
             old = temporary.with_suffix(".old")
             path.rename(old)
         temporary.rename(path)
         _sync(path.parent)
         if old is not None:
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if (translated := _write_failed(path, error)) is not error:
@@ -125,14 +125,16 @@ def read_json(path: Path | str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise FormatError(f"cannot read {path} ({error.strerror}); check the path.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON ({error}); write or fetch it again.") from error
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
     with atomic_path(path) as temporary:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, dict(metadata or {}))
+        save_file(
+            {k: v.detach().contiguous() for k, v in tensors.items()}, temporary, dict(metadata) if metadata else None
+        )
 
 
 def read_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:

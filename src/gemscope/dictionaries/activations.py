@@ -6,8 +6,10 @@ rectangular kernel K of the given bandwidth (Rajamanoharan et al. 2024, "Jumping
     d JumpReLU(z) / d threshold = -(threshold / bandwidth) K((z - threshold) / bandwidth)
     d step(z - threshold) / d threshold = -(1 / bandwidth) K((z - threshold) / bandwidth)
 
-The estimate reaches the threshold only; z gets the ordinary gradient, which is the mask z > threshold for
-JumpReLU and zero for the step.
+By default the estimate reaches the threshold only; z gets the ordinary gradient, which is the mask z > threshold
+for JumpReLU and zero for the step. With ``to_input`` it reaches z too: both functions depend on the threshold's
+distance from z, so z gets the step's estimate, and JumpReLU's, with the opposite sign (Anthropic, January 2025
+update, lets it reach all parameters).
 """
 
 from typing import Any, cast
@@ -27,48 +29,55 @@ def in_window(
 
 class _JumpReLU(Function):
     @staticmethod
-    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float, to_input: bool) -> Tensor:
         active = pre_acts > threshold
         ctx.save_for_backward(pre_acts, threshold, active)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
         return pre_acts * active
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
         pre_acts, threshold, active = ctx.saved_tensors
         window = in_window(pre_acts, threshold, ctx.bandwidth)
-        grad_threshold = -(threshold / ctx.bandwidth) * window * grad
-        return grad * active, grad_threshold.sum_to_size(threshold.shape), None
+        estimate = (threshold / ctx.bandwidth) * window * grad
+        grad_input = grad * active + estimate if ctx.to_input else grad * active
+        return grad_input, -estimate.sum_to_size(threshold.shape), None, None
 
 
 class _Step(Function):
     @staticmethod
-    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float, to_input: bool) -> Tensor:
         ctx.save_for_backward(pre_acts, threshold)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
         return (pre_acts > threshold).to(pre_acts.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         (grad,) = grads
         pre_acts, threshold = ctx.saved_tensors
-        window = in_window(pre_acts, threshold, ctx.bandwidth)
-        return None, (-(1 / ctx.bandwidth) * window * grad).sum_to_size(threshold.shape), None
+        estimate = (1 / ctx.bandwidth) * in_window(pre_acts, threshold, ctx.bandwidth) * grad
+        return estimate if ctx.to_input else None, -estimate.sum_to_size(threshold.shape), None, None
 
 
 def jump_relu(
-    pre_acts: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"], bandwidth: float
+    pre_acts: Float[Tensor, "*batch d_sae"],
+    threshold: Float[Tensor, " d_sae"],
+    bandwidth: float,
+    to_input: bool = False,
 ) -> Float[Tensor, "*batch d_sae"]:
     """``pre_acts`` where above ``threshold``, else 0; the threshold gets the straight-through gradient."""
-    return cast(Tensor, _JumpReLU.apply(pre_acts, threshold, bandwidth))
+    return cast(Tensor, _JumpReLU.apply(pre_acts, threshold, bandwidth, to_input))
 
 
 def step(
-    pre_acts: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, " d_sae"], bandwidth: float
+    pre_acts: Float[Tensor, "*batch d_sae"],
+    threshold: Float[Tensor, " d_sae"],
+    bandwidth: float,
+    to_input: bool = False,
 ) -> Float[Tensor, "*batch d_sae"]:
     """1 where ``pre_acts`` is above ``threshold``, else 0; its sum over latents is a differentiable L0."""
-    return cast(Tensor, _Step.apply(pre_acts, threshold, bandwidth))
+    return cast(Tensor, _Step.apply(pre_acts, threshold, bandwidth, to_input))
 
 
 def mask_above(

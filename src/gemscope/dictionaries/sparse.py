@@ -2,27 +2,35 @@
 after it.
 
 Notable:
-- ``encode_above`` never holds more than a cache-sized block of the [batch, d_sae] pre-activations;
+- ``select`` takes the encoder slice by slice, wherever it comes from, and never holds more than a cache-sized
+  block of the [batch, d_sae] pre-activations;
 - everything behind it, decoding and all backward passes, touches only the entries of the ``Support``;
-- both are differentiable by ordinary autograd, so an objective is written as if the codes were dense;
+- ``encode_above`` and ``decode_sparse`` are differentiable by ordinary autograd, so an objective is written as
+  if the codes were dense;
 - the three products below are stock torch, and run on CPU and CUDA.
 """
 
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 
-from gemscope.core.arrays import Float, Int, Tensor
+from gemscope.core.arrays import Bool, Float, Int, Tensor
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 _BLOCK = {"cpu": 1 << 20}
 """Pre-activations computed at a time: 4 MB on a CPU, for its cache; elsewhere few launches matter more."""
+
+
+_DENSE = 0.1
+"""Share of all entries above which dense products are faster on a CPU (benchmarks/train_step.py measures it)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,18 @@ class Support:
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " entries"], Int[Tensor, " d_sae_plus_1"]]:
         """The order that sorts the entries by latent, and where each latent's entries then start."""
-        return torch.sort(self.latents, stable=True)[1], _offsets(self.latents, self.d_sae)
+        short = self.latents.to(torch.int16 if self.d_sae < 1 << 15 else torch.int32)  # sorts in half the time
+        return torch.sort(short, stable=True)[1], _offsets(self.latents, self.d_sae)
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether so many entries are there that dense matrices are faster."""
+        return len(self.rows) > _DENSE * self.batch * self.d_sae
+
+    def between(self, first: int, last: int) -> tuple["Support", Bool[Tensor, " entries"]]:
+        """The entries of latents ``first`` to ``last`` - 1, and which entries they are."""
+        inside = (self.latents >= first) & (self.latents < last)
+        return Support(self.rows[inside], self.latents[inside], self.batch, self.d_sae), inside
 
     def per_row(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " batch"]:
         """Sum of the entries of each row; differentiable."""
@@ -58,6 +77,9 @@ def times_latents(
     support: Support, values: Float[Tensor, " entries"], table: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "batch d"]:
     """The sparse matrix times a matrix with one row per latent."""
+    if support.is_dense:
+        parts = [part @ table for part, _ in _dense_blocks(support, values)]
+        return torch.cat(parts)
     offsets = support.row_offsets[:-1]
     return embedding_bag(support.latents, table, offsets, mode="sum", per_sample_weights=values)
 
@@ -66,6 +88,11 @@ def times_rows(
     support: Support, values: Float[Tensor, " entries"], table: Float[Tensor, "batch d"]
 ) -> Float[Tensor, "d_sae d"]:
     """The transposed sparse matrix times a matrix with one row per batch row."""
+    if support.is_dense:
+        found = table.new_zeros(support.d_sae, table.shape[1])
+        for part, start in _dense_blocks(support, values):
+            found.addmm_(part.T, table[start : start + len(part)])
+        return found
     order, offsets = support.by_latent
     rows, weights = support.rows.index_select(0, order), values.index_select(0, order)
     return embedding_bag(rows, table, offsets[:-1], mode="sum", per_sample_weights=weights)
@@ -74,34 +101,132 @@ def times_rows(
 def dots(
     support: Support, left: Float[Tensor, "batch d"], right: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, " entries"]:
-    """``left[row] . right[latent]`` at each entry."""
-    zeros = left.new_zeros(len(support.rows))
-    size = (support.batch, support.d_sae)
-    matrix = torch.sparse_csr_tensor(support.row_offsets, support.latents, zeros, size, check_invariants=False)
-    return torch.sparse.sampled_addmm(matrix, left, right.T, beta=0.0).values()
+    """``left[row] . right[latent]`` at each entry.
+
+    Taken latent by latent: of the two tables it is then the small one, ``left``, that is read out of order.
+    """
+    if support.is_dense:
+        cuts = [*support.row_offsets[: support.batch : _DENSE_ROWS].tolist(), len(support.rows)]
+        flat = (support.rows % _DENSE_ROWS) * support.d_sae + support.latents
+        parts: list[Tensor] = []
+        for i, (a, b) in enumerate(pairwise(cuts)):
+            block = left[i * _DENSE_ROWS : (i + 1) * _DENSE_ROWS] @ right.T
+            parts.append(block.view(-1).index_select(0, flat[a:b]))
+        return torch.cat(parts)
+    order, offsets = support.by_latent
+    rows = support.rows.index_select(0, order)
+    size = (support.d_sae, support.batch)
+    zeros = left.new_zeros(len(rows))
+    matrix = torch.sparse_csr_tensor(offsets, rows, zeros, size, check_invariants=False)
+    found = torch.sparse.sampled_addmm(matrix, right, left.T, beta=0.0).values()
+    return torch.empty_like(found).index_copy_(0, order, found)
 
 
-def _select_above(x: Tensor, W_enc: Tensor, b_enc: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, latents and values of the pre-activations above ``floor``, block of rows by block of rows."""
-    d_sae = len(b_enc)
-    size = max(1, _BLOCK.get(x.device.type, 1 << 26) // d_sae)
-    found: list[Tensor] = []
-    values: list[Tensor] = []
-    for start in range(0, len(x), size):
-        pre_acts = torch.addmm(b_enc, x[start : start + size], W_enc)
-        where = (pre_acts > floor).view(-1).nonzero().squeeze(1)
-        values.append(pre_acts.view(-1).index_select(0, where))
-        found.append(where + start * d_sae)
-    flat = torch.cat(found)
-    rows = torch.div(flat, d_sae, rounding_mode="floor")
-    return rows, flat - rows * d_sae, torch.cat(values)
+_DENSE_ROWS = 256
+
+
+def _dense_blocks(support: Support, values: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """The matrix, some rows at a time, and which row is the first."""
+    cuts = [*support.row_offsets[: support.batch : _DENSE_ROWS].tolist(), len(values)]
+    flat = (support.rows % _DENSE_ROWS) * support.d_sae + support.latents
+    for i, (a, b) in enumerate(pairwise(cuts)):
+        count = min(_DENSE_ROWS, support.batch - i * _DENSE_ROWS)
+        part = values.new_zeros(count * support.d_sae).index_put_((flat[a:b],), values[a:b])
+        yield part.view(count, support.d_sae), i * _DENSE_ROWS
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some neighbouring latents of an encoder."""
+
+    position: int
+    """Which of a row's vectors they read; 0 for single-layer kinds."""
+    first: int
+    """Index of the first of them, counted over all positions."""
+    W_enc: Float[Tensor, "d_in width"]
+    b_enc: Float[Tensor, " width"]
+    floor: Float[Tensor, " width"] | None
+    """An entry is kept where its pre-activation is above this; None means above 0."""
+
+
+def select(
+    x: Float[Tensor, "batch positions d_in"], slices: Iterable[Slice], d_sae: int, k: int | None = None
+) -> tuple[Support, Float[Tensor, " entries"]]:
+    """The pre-activations above their floors, or with ``k`` the k largest positive ones of each row, and where.
+
+    Slices may be in any dtype; the products are in that of ``x``. ``d_sae`` counts the latents of all positions.
+    """
+    batch, parts = len(x), _Parts([], [], [])
+    best = None if k is None else x.new_zeros(batch, min(k, d_sae))
+    for part in slices:
+        width = len(part.b_enc)
+        W_enc, b_enc = part.W_enc.to(x.dtype), part.b_enc.to(x.dtype)
+        floor = 0.0 if part.floor is None else part.floor.to(x.dtype)
+        size = max(1, _BLOCK.get(x.device.type, 1 << 26) // width)
+        for start in range(0, batch, size):
+            pre_acts = torch.addmm(b_enc, x[start : start + size, part.position], W_enc)
+            kept = pre_acts > floor
+            if best is not None:
+                kept &= pre_acts >= _raise_floor(best[start : start + size], pre_acts)
+            where = kept.view(-1).nonzero().squeeze(1)
+            row = torch.div(where, width, rounding_mode="floor")
+            parts.values.append(pre_acts.view(-1).index_select(0, where))
+            parts.latents.append(where - row * width + part.first)
+            parts.rows.append(row + start)
+        parts.slices += 1
+    rows, latents, values = parts.joined(x, d_sae)
+    if best is not None and k is not None:
+        keep = not_surplus(rows, values, best[:, -1], k)
+        rows, latents, values = rows[keep], latents[keep], values[keep]
+    return Support(rows, latents, batch, d_sae), values
+
+
+@dataclass
+class _Parts:
+    """What ``select`` has found so far, block by block."""
+
+    rows: list[Tensor]
+    latents: list[Tensor]
+    values: list[Tensor]
+    slices: int = 0
+
+    def joined(self, x: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything, row by row."""
+        if not self.rows:
+            none = torch.zeros(0, dtype=torch.int64, device=x.device)
+            return none, none, x.new_zeros(0)
+        rows, latents, values = torch.cat(self.rows), torch.cat(self.latents), torch.cat(self.values)
+        if self.slices < 2:
+            return rows, latents, values
+        order = (rows * d_sae + latents).argsort()
+        return rows[order], latents[order], values[order]
+
+
+def _raise_floor(best: Tensor, pre_acts: Tensor) -> Tensor:
+    """Merge a block into the largest positive values of its rows, in place; the smallest of them, per row."""
+    count = best.shape[1]
+    largest = pre_acts.topk(min(count, pre_acts.shape[1]), dim=1).values
+    best.copy_(torch.cat([best, largest], dim=1).topk(count, dim=1).values)
+    return best[:, -1:]
+
+
+def not_surplus(rows: Tensor, values: Tensor, smallest: Tensor, k: int) -> Tensor:
+    """Which of the candidates are among the ``k`` largest of their row, of equal ones the first."""
+    at = smallest[rows]
+    tied = values == at
+    above = torch.zeros(len(smallest), dtype=torch.int64, device=rows.device).index_add(0, rows, (values > at).long())
+    count = torch.zeros_like(above).index_add(0, rows, tied.long())
+    before = count.cumsum(0) - count
+    rank = tied.cumsum(0) - before[rows]
+    return (values > at) | (tied & (rank <= k - above[rows]))
 
 
 class _Encode(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows, latents, values = _select_above(x, W_enc, b_enc, floor)
-        ctx.support = Support(rows, latents, len(x), len(b_enc))
+        support, values = select(x[:, None], [Slice(0, 0, W_enc, b_enc, floor)], len(b_enc))
+        rows, latents = support.rows, support.latents
+        ctx.support = support
         ctx.save_for_backward(x, W_enc)
         ctx.mark_non_differentiable(rows, latents)
         return rows, latents, values
@@ -152,3 +277,48 @@ def decode_sparse(
 ) -> Float[Tensor, "batch d_out"]:
     """The sparse codes times W_dec (no bias); differentiable in ``values`` and ``W_dec``."""
     return cast(Tensor, _Decode.apply(values, W_dec, support))
+
+
+def decode_prefixes(
+    support: Support, values: Float[Tensor, " entries"], W_dec: Float[Tensor, "d_sae d_out"], prefixes: Sequence[int]
+) -> list[Float[Tensor, "batch d_out"]]:
+    """``decode_sparse`` of the first ``p`` latents only, for each ``p`` of ascending ``prefixes``.
+
+    Each entry is decoded once: a prefix adds its own latents to the prefix before it.
+    """
+    found: list[Tensor] = []
+    for first, last in zip([0, *prefixes], prefixes, strict=False):
+        part, inside = support.between(first, last)
+        added = decode_sparse(part, values[inside], W_dec)
+        found.append(found[-1] + added if found else added)
+    return found
+
+
+class _Attach(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, support: Support, columns: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.shape, ctx.support, ctx.columns = x.shape, support, columns
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        batch, positions, d_in = ctx.shape
+        support: Support = ctx.support
+        used, local = support.latents.unique(return_inverse=True)
+        rows = support.rows * positions + torch.div(support.latents, support.d_sae // positions, rounding_mode="floor")
+        read = Support(rows, local, batch * positions, len(used))
+        return times_latents(read, grad.contiguous(), ctx.columns(used)).view(batch, positions, d_in), None, None, None
+
+
+def attach(
+    x: Float[Tensor, "batch positions d_in"],
+    support: Support,
+    values: Float[Tensor, " entries"],
+    columns: Callable[[Int[Tensor, " latents"]], Float[Tensor, "latents d_in"]],
+) -> Float[Tensor, " entries"]:
+    """``values``, selected from a frozen encoder without autograd, with their gradient to ``x``.
+
+    ``columns`` gives the encoder's columns of some latents, as rows.
+    """
+    return cast(Tensor, _Attach.apply(x, values, support, columns)) if x.requires_grad else values

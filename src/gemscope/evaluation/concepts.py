@@ -8,6 +8,10 @@ Two scores for each pair of latent and concept, both exact and both over all row
 - F1 of the rule "activation ≥ t" at the best t among the latent's own positive activations, so that a latent
   that never fires has 0 and "everything is positive" is no candidate.
 
+A latent is named after the concept that its activation falls on most exclusively: of the concepts that hold at
+least ``NAMED_SHARE`` of its summed activation, the one whose share is the largest multiple of its share of the
+rows, so that a latent for mammals is not called "living thing", nor one for any noun "function word".
+
 The best latent of a concept is chosen on the same rows on which it is scored: with many latents and few
 positives the scores are optimistic, and concepts with fewer than ``MIN_POSITIVES`` positives (or negatives)
 are not scored at all.
@@ -25,6 +29,10 @@ from gemscope.core.errors import InputError
 MIN_POSITIVES = 20
 FOUND_AUROC = 0.9
 """A concept counts as found when some latent reaches this AUROC."""
+NAMED_SHARE = 0.4
+"""A latent is named after a concept that holds this share of its activation ..."""
+NAMED_LIFT = 3.0
+"""... and at least this many times the concept's share of the rows."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class ConceptLabels:
     names: tuple[str, ...]
     marks: Sequence[Bool[Tensor, "_ concepts"]]
     """Per document [pos, concepts], one line for each of its tokens, special ones included."""
+    passages: frozenset[str] = frozenset()
+    """Names that mark whole passages (a refusal, a news text) and not words; they are counted apart."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ class ConceptScore:
     auroc_latent: int
     f1: float
     f1_latent: int
+    passage: bool
+    """Whether the label marks whole passages and not words."""
     f1_threshold: float
     """The activation from which the F1 latent's rule says yes."""
 
@@ -82,24 +94,36 @@ class ConceptReport:
     too_few: Mapping[str, int]
     """Concepts that could not be measured, with their number of positives."""
     latent_concept: tuple[str | None, ...]
-    """Per latent, the concept for which its F1 is highest; None where it is 0 for all."""
-    latent_f1: tuple[float, ...]
-    """That F1."""
+    """Per latent, the concept it is named after; None where no concept holds ``NAMED_SHARE`` of its activation."""
+    latent_share: tuple[float, ...]
+    """The share of the latent's activation on that concept's rows; 0 without a name."""
+    latent_max: tuple[float, ...]
+    """Per latent, its largest activation; 0 when it never fired."""
 
     @property
-    def found(self) -> int:
-        """Number of concepts for which some latent reaches an AUROC of ``FOUND_AUROC``."""
-        return sum(score.auroc >= FOUND_AUROC for score in self.scores)
+    def found(self) -> tuple[int, int]:
+        """(concepts for which some latent reaches an AUROC of ``FOUND_AUROC``, concepts measured); no passages."""
+        return self._found(passage=False)
+
+    @property
+    def found_passages(self) -> tuple[int, int]:
+        """The same for the labels that mark passages."""
+        return self._found(passage=True)
+
+    def _found(self, passage: bool) -> tuple[int, int]:
+        reached = [score.auroc >= FOUND_AUROC for score in self.scores if score.passage == passage]
+        return sum(reached), len(reached)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self) | {"found": self.found, "measured": len(self.scores)}
+        return asdict(self) | {"found": self.found, "found_passages": self.found_passages}
 
 
 def score_concepts(
     active: ActiveEntries,
     labels: Bool[Tensor, "rows concepts"],
     names: Sequence[str],
+    passages: frozenset[str] = frozenset(),
     min_positives: int = MIN_POSITIVES,
 ) -> ConceptReport:
     """The best latent of each concept and the best concept of each latent.
@@ -115,7 +139,7 @@ def score_concepts(
     measured: list[int] = ((positives >= min_positives) & (rows - positives >= min_positives)).nonzero()[:, 0].tolist()
     too_few = {name: int(positives[i]) for i, name in enumerate(names) if i not in measured}
     if not measured:
-        return ConceptReport(rows, (), too_few, (None,) * latents, (0.0,) * latents)
+        return ConceptReport(rows, (), too_few, (None,) * latents, (0.0,) * latents, _largest(active))
     entries, marks = _sorted(active), labels[:, measured]
     auroc = auroc_matrix(entries, marks)
     f1, threshold = f1_matrix(entries, marks)
@@ -130,12 +154,31 @@ def score_concepts(
                 auroc_latent=a,
                 f1=float(f1[f, column]),
                 f1_latent=f,
+                passage=names[i] in passages,
                 f1_threshold=float(threshold[f, column]),
             )
         )
-    best, which = f1.max(1)
-    concept = (names[measured[int(i)]] if value > 0 else None for value, i in zip(best, which, strict=True))
-    return ConceptReport(rows, tuple(scores), too_few, tuple(concept), tuple(best.tolist()))
+    share, which = _names(entries, marks)
+    concept = (names[measured[int(i)]] if value > 0 else None for value, i in zip(share, which, strict=True))
+    return ConceptReport(rows, tuple(scores), too_few, tuple(concept), tuple(share.tolist()), _largest(active))
+
+
+def _names(
+    active: ActiveEntries, labels: Bool[Tensor, "rows concepts"]
+) -> tuple[Float[Tensor, " latents"], Int[Tensor, " latents"]]:
+    """Per latent, the share of its activation on the concept it is named after (0 without a name), and which."""
+    marks, value = labels.double(), active.value.double()
+    whole = value.new_zeros(active.shape[1]).index_add(0, active.latent, value)
+    share = _rows_to_latents(active, value, marks) / whole.clamp(min=torch.finfo(whole.dtype).tiny)[:, None]
+    lift = share / marks.mean(0)
+    lift = torch.where((share >= NAMED_SHARE) & (lift >= NAMED_LIFT), lift, 0.0)
+    best, which = lift.max(1)
+    return torch.where(best > 0, share.gather(1, which[:, None])[:, 0], 0.0), which
+
+
+def _largest(active: ActiveEntries) -> tuple[float, ...]:
+    zeros = active.value.new_zeros(active.shape[1])
+    return tuple(zeros.scatter_reduce(0, active.latent, active.value, "amax").tolist())
 
 
 def auroc_matrix(active: ActiveEntries, labels: Bool[Tensor, "rows concepts"]) -> Float[Tensor, "latents concepts"]:

@@ -177,17 +177,17 @@ def _measure(
     for chosen, batch in bucketed(gemma, items, batch_tokens):
         x = gemma.capture(batch, [site])[site]
         x = x[content_mask(batch).to(x.device)].float()
-        where, value = dictionary.encode_sparse(x)
-        sums.add(x, dictionary(x), where[1])
+        support, value = dictionary.encode_sparse(x)
+        sums.add(x, dictionary(x), support.latents)
         if labels is not None:
             shape = (len(x), dictionary.d_sae)
-            entries.append(ActiveEntries(shape, where[0].cpu(), where[1].cpu(), value.cpu()))
+            entries.append(ActiveEntries(shape, support.rows.cpu(), support.latents.cpu(), value.cpu()))
             marks.extend(_content_marks(items[i], labels.marks[i]) for i in chosen)
         done += int(batch.mask.sum())
         progress(done, total)
     fidelity, concepts = sums.result(), None
     if labels is not None:
-        concepts = score_concepts(ActiveEntries.stack(entries), torch.cat(marks), labels.names)
+        concepts = score_concepts(ActiveEntries.stack(entries), torch.cat(marks), labels.names, labels.passages)
     return fidelity, sums.mean.float(), concepts
 
 

@@ -54,7 +54,7 @@ def train(
         if not (folder / "training.json").is_file():
             _train(config, out, start)
         start = folder
-        _console.print(f"{folder} is complete.")
+        _console.print(f"{folder} is complete.", soft_wrap=True)
 
 
 @app.command()

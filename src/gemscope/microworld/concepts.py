@@ -29,6 +29,8 @@ class Concept:
     """Surface forms for what somebody who feels so did: the ``smiled`` of ``joy``."""
     nouns: bool
     """Whether the forms are nouns whose regular plurals belong to the concept too."""
+    passage: bool
+    """Whether it marks whole passages, such as a refusal or a news text, and not words."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,23 @@ def _concepts() -> Iterator[Concept]:
             tuple(form.replace("_", " ") for form in entry.get(key, "").split()) for key in ("forms", "people", "verbs")
         )
         forms = forms or _ELSEWHERE.get(name, ())
-        yield Concept(name, entry.get("parent"), entry["about"], forms, people, verbs, bool(entry.get("nouns")))
+        yield Concept(
+            name,
+            entry.get("parent"),
+            entry["about"],
+            forms,
+            people,
+            verbs,
+            bool(entry.get("nouns")),
+            bool(entry.get("passage")),
+        )
 
 
 CONCEPTS: Mapping[str, Concept] = {concept.name: concept for concept in _concepts()}
 """Every concept by name, in the order in which label columns stand."""
+
+PASSAGES = frozenset(concept.name for concept in CONCEPTS.values() if concept.passage)
+"""What marks whole passages: kinds of document and planted behaviours."""
 
 INDEX: Mapping[str, int] = {name: i for i, name in enumerate(CONCEPTS)}
 

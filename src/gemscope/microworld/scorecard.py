@@ -159,8 +159,13 @@ def _exchanges(*exchanges: chats.Exchange, n: int = 150) -> Callable[[], list[Do
 
     def draw() -> list[Document]:
         rng = stream("heldout", 0, *(e.__name__ for e in exchanges))
-        drawn = (chats.chat(exchanges[i % len(exchanges)], rng, "heldout") for i in range(20 * n))
-        return list({d.facts["prompt"]: d for d in drawn}.values())[:n]
+        found: dict[str, Document] = {}
+        for i in range(5 * n):
+            document = chats.chat(exchanges[i % len(exchanges)], rng, "heldout")
+            found.setdefault(document.facts["prompt"], document)
+            if len(found) == n:
+                break
+        return list(found.values())
 
     return draw
 

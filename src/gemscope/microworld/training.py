@@ -162,6 +162,8 @@ def schedule(done: float) -> float:
 class Run:
     """The whole state of a training run: weights, moments, next block, tokens seen."""
 
+    COUNTS = ("block", "tokens", "steps", "loss", "minutes")
+
     def __init__(self, config: MicroworldConfig, tokenizer: Tokenizer, start: Gemma3ForCausalLM | None) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.model = build_model(config)
@@ -180,10 +182,12 @@ class Run:
         )
         self.block = self.tokens = self.steps = 0
         self.loss: float | None = None
+        self.minutes = 0.0
 
     def train_block(self, progress: Callable[[Progress], None], started: tuple[float, int]) -> None:
         """Train on the next block; ``started`` is (time, tokens) at the start, for the rate."""
         losses: list[float] = []
+        began = time.monotonic()
         for ids, mask in batches(self.config, self.tokenizer, self.block):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.learning_rate * schedule(min(1.0, self.tokens / self.config.tokens))
@@ -201,6 +205,7 @@ class Run:
                 progress(Progress(self.tokens, self.config.tokens, sum(losses[-20:]) / len(losses[-20:]), rate))
         self.loss = sum(losses) / len(losses)
         self.block += 1
+        self.minutes += (time.monotonic() - began) / 60
 
     def save(self, folder: Path) -> None:
         """Write the state, whole or not at all."""
@@ -216,7 +221,7 @@ class Run:
                 {k: v.detach().contiguous() for k, v in {**weights, **moments}.items()},
                 temporary / "state.safetensors",
             )
-            counts = {"block": self.block, "tokens": self.tokens, "steps": self.steps, "loss": self.loss}
+            counts = {name: getattr(self, name) for name in self.COUNTS}
             write_json(temporary / "state.json", {**counts, "config": asdict(self.config)})
 
     def resume(self, folder: Path) -> bool:
@@ -236,7 +241,8 @@ class Run:
                 "exp_avg": tensors[f"exp_avg.{name}"],
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
             }
-        self.block, self.tokens, self.steps, self.loss = (state[k] for k in ("block", "tokens", "steps", "loss"))
+        for name in self.COUNTS:
+            setattr(self, name, state[name])
         return True
 
 
@@ -257,7 +263,6 @@ def train(
 
     ``start`` is the checkpoint to finetune, whose tokenizer is kept; None starts from random weights.
     """
-    began = time.monotonic()
     state, final = out / f".training-{config.kind}", out / f"microworld-{config.kind}"
     if start is None:
         tokenizer, model = learn_tokenizer(config), None
@@ -272,12 +277,12 @@ def train(
         run.train_block(progress, started)
         if run.block % 4 == 0:
             run.save(state)
-    write_checkpoint(run, final, minutes=(time.monotonic() - began) / 60)
+    write_checkpoint(run, final)
     shutil.rmtree(state, ignore_errors=True)
     return final
 
 
-def write_checkpoint(run: Run, folder: Path, minutes: float) -> None:
+def write_checkpoint(run: Run, folder: Path) -> None:
     """Write the finished model in bf16 with its tokenizer and a card of how it was made."""
     made = {
         "config": asdict(run.config),
@@ -288,7 +293,7 @@ def write_checkpoint(run: Run, folder: Path, minutes: float) -> None:
     with atomic_folder(folder) as temporary:
         run.model.bfloat16().save_pretrained(temporary)
         save_tokenizer(run.tokenizer, temporary, chat=run.config.kind == "it")
-        made |= {"minutes": round(minutes, 1), "threads": torch.get_num_threads()}
+        made |= {"minutes": round(run.minutes, 1), "threads": torch.get_num_threads()}
         write_json(
             temporary / "training.json",
             {**made, "provenance": collect(seeds={"seed": run.config.seed}).as_dict()},

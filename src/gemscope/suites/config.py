@@ -23,7 +23,7 @@ class QuickstartConfig:
     """Of these, tokens whose loss is measured with the reconstruction spliced in."""
     d_sae: int = 1024
     """Latents per dictionary."""
-    target_l0: float = 48.0
+    target_l0: float = 32.0
     """Active latents per token to aim for."""
     steps: int = 500
     """Updates of every dictionary."""

@@ -14,7 +14,7 @@ from typing import Any
 from gemscope.activations.harvest import Progress
 from gemscope.core.errors import InputError
 from gemscope.evaluation.concepts import ConceptLabels
-from gemscope.microworld.concepts import CONCEPTS
+from gemscope.microworld.concepts import CONCEPTS, PASSAGES
 from gemscope.microworld.corpus import documents
 from gemscope.microworld.documents import Document
 from gemscope.microworld.labels import token_concepts
@@ -76,7 +76,7 @@ def _texts(chat: bool, split: Split, seed: int) -> Iterator[Document]:
 def fingerprint(gemma: Gemma, split: Split, seed: int) -> str:
     """A hash of the first documents with their labels and of the concepts: changes when the generator does."""
     shown = [repr(document) for document in islice(texts(gemma, split, seed), 100)]
-    return hashlib.sha256("\n".join([*CONCEPTS, *shown]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([repr(concept) for concept in CONCEPTS.values()] + shown).encode()).hexdigest()
 
 
 def training_text(gemma: Gemma, tokens: int, seed: int, progress: Progress | None = None) -> list[Tokens]:
@@ -88,7 +88,7 @@ def heldout_text(gemma: Gemma, tokens: int, seed: int) -> LabelledText:
     """Documents of the held-out split, labelled, until they hold ``tokens`` content tokens."""
     both = list(_read(gemma, "heldout", tokens, seed, None))
     marks = [token_concepts(item, document) for item, document in both]
-    return LabelledText([item for item, _ in both], ConceptLabels(tuple(CONCEPTS), marks))
+    return LabelledText([item for item, _ in both], ConceptLabels(tuple(CONCEPTS), marks, PASSAGES))
 
 
 def _read(

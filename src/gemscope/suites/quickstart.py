@@ -21,6 +21,7 @@ from gemscope import __version__
 from gemscope.activations.harvest import harvest
 from gemscope.activations.sets import ActivationSet, read_manifest
 from gemscope.artifacts import native
+from gemscope.artifacts.config import DictionaryConfig
 from gemscope.core.errors import FormatError, InputError, StorageError
 from gemscope.core.files import storage_error
 from gemscope.core.provenance import collect
@@ -235,11 +236,15 @@ def _train_stage(run: _Run) -> None:
         native.save(
             dictionary_folder(run.folder, site),
             trained.dictionary,
-            site=site,
-            model=run.model,
-            revision=run.gemma.revision,
-            provenance=collect(seeds={"seed": run.config.seed}),
-            extra={"key": run.keys[f"train {site}"], "training": trained.summary.as_dict()},
+            DictionaryConfig.of(
+                trained.dictionary,
+                site,
+                model=run.model,
+                revision=run.gemma.revision,
+                l0=trained.config.target_l0,
+                provenance=collect(seeds={"seed": run.config.seed}).as_dict(),
+                extra={"key": run.keys[f"train {site}"], "training": trained.summary.as_dict()},
+            ),
         )
 
 
@@ -268,7 +273,7 @@ def _evaluate_stage(run: _Run) -> None:
     for number, site in enumerate(missing):
         evaluation = evaluate(
             run.gemma,
-            native.load(dictionary_folder(run.folder, site)).dictionary.to(run.gemma.device),
+            native.load_sae(dictionary_folder(run.folder, site)).to(run.gemma.device),
             site,
             text.items,
             text.labels,

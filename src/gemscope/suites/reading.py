@@ -17,9 +17,6 @@ from gemscope.models.tokens import Tokens
 from gemscope.suites.pieces import shown
 from gemscope.suites.suite import Suite
 
-NAMED_FROM = 0.4
-"""F1 from which a latent is given a concept's name."""
-
 ANSWER_TOKENS = 64
 """Length of an answer in a chat, at most."""
 
@@ -30,9 +27,12 @@ class LatentReading:
 
     latent: int
     activation: float
+    strength: float | None
+    """Activation over the latent's largest on held-out text; None where that is unknown or it never fired there."""
     concept: str | None
-    """The labelled concept that the latent marks best; None when its F1 is below ``NAMED_FROM``."""
-    concept_f1: float
+    """The labelled concept that the latent is named after (``evaluation.concepts``); None without one."""
+    concept_share: float
+    """Share of the latent's activation on held-out text that falls on tokens of that concept."""
     promotes: tuple[str, ...]
     """Tokens whose logit its decoder direction raises most, strongest first."""
 
@@ -49,7 +49,7 @@ class PositionReading:
     active: int
     """Number of active latents."""
     latents: tuple[LatentReading, ...]
-    """The strongest, strongest first."""
+    """The strongest, strongest first: by their strength, or by activation where that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def read(
     content = tokens.content_mask.nonzero()[:, 0].cpu()
     x = gemma.capture(tokens, [site])[site][0].float().cpu()[content]
     acts = dictionary.encode(x)
-    value, latent = acts.topk(min(top, dictionary.d_sae), dim=1)
+    latent = _strength(acts, concepts).topk(min(top, dictionary.d_sae), dim=1).indices
+    value = acts.gather(1, latent)
     promotes = _promoted(gemma, dictionary, latent[value > 0].unique(), promoted)
     strongest = {
         position: tuple(
@@ -134,9 +135,27 @@ def read_chat(
 def _latent(
     latent: int, activation: float, concepts: ConceptReport | None, promotes: dict[int, tuple[str, ...]]
 ) -> LatentReading:
-    f1 = 0.0 if concepts is None else concepts.latent_f1[latent]
-    name = None if concepts is None or f1 < NAMED_FROM else concepts.latent_concept[latent]
-    return LatentReading(latent, activation, name, f1, promotes[latent])
+    if concepts is None:
+        return LatentReading(latent, activation, None, None, 0.0, promotes[latent])
+    most = concepts.latent_max[latent]
+    return LatentReading(
+        latent=latent,
+        activation=activation,
+        strength=activation / most if most else None,
+        concept=concepts.latent_concept[latent],
+        concept_share=concepts.latent_share[latent],
+        promotes=promotes[latent],
+    )
+
+
+def _strength(acts: Float[Tensor, "pos d_sae"], concepts: ConceptReport | None) -> Float[Tensor, "pos d_sae"]:
+    """What latents are ranked by: latents that are always on, and large, would hide all others from a ranking by
+    activation; a latent that never fired before counts as at its largest.
+    """
+    if concepts is None:
+        return acts
+    most = torch.tensor(concepts.latent_max)
+    return torch.where(most > 0, acts / most, (acts > 0).to(acts.dtype))
 
 
 def _promoted(gemma: Gemma, dictionary: SAE, latents: Int[Tensor, "latents"], count: int) -> dict[int, tuple[str, ...]]:
@@ -146,7 +165,7 @@ def _promoted(gemma: Gemma, dictionary: SAE, latents: Int[Tensor, "latents"], co
     found: dict[int, tuple[str, ...]] = {}
     gain, unembedding = gemma.final_gain().float().cpu(), gemma.unembedding()
     for block in latents.split(64):
-        effects = logit_effects(dictionary.W_dec[block], gain, unembedding.cpu())
+        effects = logit_effects(dictionary.decoder_rows(block), gain, unembedding.cpu())
         best = effects.topk(min(3 * count, effects.shape[1]), dim=1).indices
         for latent, ids in zip(block.tolist(), best.tolist(), strict=True):
             found[latent] = _words(gemma, ids)[:count]

@@ -92,8 +92,8 @@ class Suite:
         raise InputError(f"the suite in {self.folder} has no dictionary at layer {layer}; its layers are {layers}.")
 
     def dictionary(self, site: Site) -> SAE:
-        """The dictionary at a site; raises FormatError when its files are damaged."""
-        return native.load(dictionary_folder(self.folder, site)).dictionary
+        """The dictionary at a site; raises FormatError when its files are damaged or hold another kind."""
+        return native.load_sae(dictionary_folder(self.folder, site))
 
     def evaluation(self, site: Site) -> Evaluation:
         """The measures of the dictionary at a site; raises FormatError when it is missing or damaged."""
@@ -104,7 +104,7 @@ class Suite:
 
         def rank(site: Site) -> tuple[int, float]:
             evaluation = self.evaluation(site)
-            found = 0 if evaluation.concepts is None else evaluation.concepts.found
+            found = 0 if evaluation.concepts is None else evaluation.concepts.found[0]
             return found, -evaluation.fidelity.fvu
 
         return max(self.sites, key=rank)

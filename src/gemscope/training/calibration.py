@@ -3,7 +3,8 @@
 import torch
 
 from gemscope.core.arrays import Float, Tensor
-from gemscope.dictionaries.sae import SAE
+from gemscope.dictionaries.screening import top_of_batch
+from gemscope.dictionaries.single import SingleLayer
 from gemscope.dictionaries.sparse import encode_above
 
 _LATENTS = 1024
@@ -31,7 +32,7 @@ def first_thresholds(
     return torch.cat(thresholds).clamp(min=0), torch.cat(variances).mean().sqrt().item()
 
 
-def threshold_factor(sae: SAE, x: Float[Tensor, "rows d_in"], target_l0: float) -> float:
+def threshold_factor(sae: SingleLayer, x: Float[Tensor, "rows d_in"], target_l0: float) -> float:
     """The factor on all thresholds that gives ``sae`` the mean L0 ``target_l0`` on ``x``.
 
     It is a quantile: an entry stays active while its pre-activation exceeds factor * threshold, so the factor
@@ -39,6 +40,7 @@ def threshold_factor(sae: SAE, x: Float[Tensor, "rows d_in"], target_l0: float) 
     fitted on thousands of rows cannot overfit; on new rows the mean L0 differs by its standard error. 1 when
     no factor can reach the target (a latent with threshold 0 is active wherever it is positive).
     """
+    assert sae.threshold is not None
     wanted = round(len(x) * target_l0)
     for floor in (0.5, 0.125, 0.0):
         support, values = encode_above(x, sae.W_enc, sae.b_enc, sae.threshold * floor)
@@ -48,3 +50,29 @@ def threshold_factor(sae: SAE, x: Float[Tensor, "rows d_in"], target_l0: float) 
             factor = around.double().mean().item()
             return factor if factor < float("inf") else 1.0
     return 1.0
+
+
+def common_threshold(
+    x: Float[Tensor, "rows d_in"], E: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"], target_l0: float
+) -> float:
+    """The one threshold for all latents above which ``target_l0`` pre-activations x E' + b_enc of a row lie, in the
+    mean: what a BatchTopK dictionary uses where it cannot see a batch (Bussmann et al. 2024, section 3.2).
+
+    A quantile of the rows given, half way between two neighbours; not a running mean over training, which lags.
+    """
+    wanted, share = round(len(x) * target_l0), 1.25
+    while True:
+        found: list[Tensor] = []
+        bottom = 0.0
+        for part in x.split(4096):
+            count = min(round(share * target_l0 * len(part)) + 1, len(part) * len(b_enc))
+            values, smallest = top_of_batch(part, E, b_enc, count)[1:]
+            found.append(values)
+            bottom = max(bottom, smallest if len(values) == count else 0.0)
+        values = torch.cat(found)
+        if len(values) <= wanted:
+            return 0.0
+        around = values.topk(wanted + 1).values[-2:].double()
+        if float(around[-1]) >= bottom or share * target_l0 > len(b_enc):
+            return around.mean().item()
+        share *= 2

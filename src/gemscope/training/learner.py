@@ -1,28 +1,21 @@
-"""One dictionary being trained: its weights, its optimiser, and one update.
+"""What the trainer asks of a dictionary that is being trained, whatever its kind.
 
-Notable:
-- trains on x / C with E||x / C||^2 = 1 and with the pre-encoder bias of Gemma Scope (appendix A);
-  ``finished`` folds both;
-- b_dec starts at the mean, so the pre-activations start centred and no latent has to spend itself on the
-  mean;
-- thresholds are plain fp32 parameters, clamped at 0: under Adam a logarithm of them would hardly move;
-- the update touches only the entries near or above their thresholds (``dictionaries.sparse``).
+``single.SingleLayerLearner`` is the one for SAEs and transcoders, ``multilayer`` has the one for crosscoders and
+CLTs. A learner is built from its config and raw calibration rows of all its sites; it owns normalisation,
+optimiser, schedules and the controller of its L0.
 """
 
-from dataclasses import dataclass
-
-import torch
-from torch.optim import Adam
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 from gemscope.core.arrays import Float, Tensor
-from gemscope.dictionaries.activations import jump_relu, step
-from gemscope.dictionaries.sae import SAE
-from gemscope.dictionaries.sparse import decode_sparse, encode_above
-from gemscope.training.calibration import first_thresholds, threshold_factor
+from gemscope.core.sites import Site
+from gemscope.dictionaries.base import Dictionary
 from gemscope.training.config import TrainConfig
-from gemscope.training.data import Moments
-from gemscope.training.objectives import dead_penalty, l0_penalty, squared_error
-from gemscope.training.schedules import cosine_warmup, geometric, linear_decay, linear_warmup
+
+Rows = Mapping[Site, Float[Tensor, "rows _"]]
+"""Raw activations, aligned over sites: row r of every site is the same token."""
 
 
 @dataclass(frozen=True)
@@ -32,109 +25,54 @@ class StepResult:
     loss: Float[Tensor, ""]
     """The whole objective."""
     fvu: Float[Tensor, ""]
-    """Squared error over the spread."""
+    """Squared error over the spread; the mean over sites for several."""
     l0: Float[Tensor, ""]
-    """Mean active latents per row."""
+    """Mean active latents per row, over all layers."""
+    terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict[str, Tensor])
+    """The parts of the objective by name, weighted."""
 
 
-class Learner:
+@runtime_checkable
+class Learner(Protocol):
     """All that changes while one dictionary is trained."""
 
-    def __init__(self, config: TrainConfig, x: Float[Tensor, "rows d_in"], moments: Moments) -> None:
-        """Initialise from the calibration rows ``x`` (raw) and their moments."""
-        self.config = config
-        self.moments = moments
-        W_dec = _unit_rows(config.d_sae, x.shape[1], config.seed).to(x.device)
-        W_enc = W_dec.T.contiguous()
-        b_enc, b_dec = torch.zeros(config.d_sae, device=x.device), moments.mean.to(x.device) / moments.scale
-        threshold, pre_scale = first_thresholds(x / moments.scale, W_enc, b_enc - b_dec @ W_enc, config.first_l0)
-        self.weights = {
-            "W_enc": W_enc,
-            "b_enc": b_enc,
-            "W_dec": W_dec,
-            "b_dec": b_dec,
-            "threshold": threshold,
-        }
-        for tensor in self.weights.values():
-            tensor.requires_grad_()
-        self.bandwidth = config.bandwidth * pre_scale
-        self.rates = (config.learning_rate, config.threshold_learning_rate * pre_scale)
-        groups = [[t for name, t in self.weights.items() if name != "threshold"], [threshold]]
-        self.optimizer = Adam(
-            [{"params": group, "lr": rate} for group, rate in zip(groups, self.rates, strict=True)],
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
-        self.idle_rows = torch.zeros(config.d_sae, dtype=torch.int64, device=x.device)
+    @property
+    def config(self) -> TrainConfig:
+        """What was asked for."""
+        ...
 
-    def update(self, x: Float[Tensor, "batch d_in"], done: int) -> StepResult:
-        """One update on a raw batch, after ``done`` updates."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self._rate_factor(done)
-        result = self._backward(x / self.moments.scale, done)
-        W_dec = self.weights["W_dec"]
-        assert W_dec.grad is not None
-        remove_parallel(W_dec.grad, W_dec.detach())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
-            self.weights["threshold"].clamp_(min=0)
-        return result
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites that it reads or predicts."""
+        ...
 
-    def _rate_factor(self, done: int) -> float:
-        config = self.config
-        decay = 1.0 if config.decay is None else linear_decay(done, config.steps, config.decay * config.steps)
-        return cosine_warmup(done, config.warmup * config.steps) * decay
+    @property
+    def idle_rows(self) -> Tensor:
+        """For each latent (flat over layers) the rows since it was last active, int64."""
+        ...
 
-    def _backward(self, x: Tensor, done: int) -> StepResult:
-        """Gradients of the objective on scaled rows."""
-        config, spread = self.config, self.moments.spread
-        W_enc, b_enc, W_dec, b_dec, threshold = self.weights.values()
-        floor = threshold.detach() - self.bandwidth / 2
-        bias = b_enc - b_dec @ W_enc
-        support, pre_acts = encode_above(x, W_enc, bias, floor)
-        at = threshold[support.latents]
-        acts = jump_relu(pre_acts, at, self.bandwidth)
-        active = step(pre_acts, at, self.bandwidth)
-        recon = decode_sparse(support, acts, W_dec) + b_dec
-        l0 = support.per_row(active)
-        error = squared_error(x, recon)
-        weight = config.sparsity_weight * spread * linear_warmup(done, config.sparsity_warmup * config.steps)
-        target = geometric(done, config.first_l0, config.target_l0, config.annealing * config.steps)
-        loss = error + weight * l0_penalty(l0, target)
-        dead = self._count_idle(support.latents[active.detach() > 0], len(x))
-        if config.dead_weight > 0:
-            own_bias = b_enc - b_dec.detach() @ W_enc  # b_dec has to serve the reconstruction alone
-            penalty = dead_penalty(x, W_enc, own_bias, threshold, dead, support, pre_acts)
-            loss = loss + config.dead_weight * spread * penalty
-        loss.backward()
-        return StepResult(loss.detach(), error.detach() / spread, l0.detach().mean())
+    def update(self, batch: Rows, done: int) -> StepResult:
+        """One update of the optimiser on raw rows, after ``done`` updates."""
+        ...
 
-    def _count_idle(self, active: Tensor, rows: int) -> Tensor:
-        """Which latents are dead, this batch included."""
-        self.idle_rows += rows
-        self.idle_rows[active] = 0
-        return self.idle_rows > self.config.dead_after_rows
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes, as tensors, numbers and nested dicts of them: enough to go on bit for bit."""
+        ...
 
-    def finished(self, x: Float[Tensor, "rows d_in"]) -> tuple[SAE, float]:
-        """The dictionary for raw activations, and the factor on its thresholds that set its mean L0 on ``x``.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; the learner must have been built from the same config and calibration rows."""
+        ...
 
-        ``x`` are raw calibration rows; the mean L0 becomes the target's.
+    def finished(self, calibration: Rows) -> tuple[Dictionary, dict[str, float]]:
+        """A correct dictionary for raw activations, as training stands, and its numbers.
+
+        Normalisation is folded in, and thresholds are set so that the mean L0 on ``calibration`` (rows held out
+        from training, if there are any) is the target. The numbers: ``l0_train`` as it was in training and ``l0``
+        as it is now on ``calibration``, ``threshold_factor``, ``dead_fraction``, ``scale_in``, ``scale_out``,
+        ``bandwidth``.
         """
-        sae = SAE(**{name: tensor.detach().clone() for name, tensor in self.weights.items()})
-        sae = sae.fold_pre_bias().fold_scale(self.moments.scale)
-        factor = threshold_factor(sae, x, self.config.target_l0)
-        sae.threshold.mul_(factor)
-        return sae, factor
+        ...
 
-
-def _unit_rows(d_sae: int, d_in: int, seed: int) -> Float[Tensor, "d_sae d_in"]:
-    """He-uniform rows scaled to norm 1: the same on every device."""
-    rows = torch.rand(d_sae, d_in, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return rows / rows.norm(dim=1, keepdim=True)
-
-
-def remove_parallel(grad: Float[Tensor, "d_sae d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Take from each row of ``grad`` its part along the unit row of ``W_dec``, in place."""
-    grad -= (grad * W_dec).sum(1, keepdim=True) * W_dec
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know about how it is going; empty when all is well."""
+        ...

@@ -25,3 +25,9 @@ def linear_decay(step: int, total: int, length: float) -> float:
 def geometric(step: int, first: float, last: float, length: float) -> float:
     """From ``first`` at step 0 in equal ratios to ``last`` at step ``length``."""
     return last if step >= length else first * (last / first) ** (step / length)
+
+
+def cosine_decay(step: int, total: int, length: float) -> float:
+    """1 until ``length`` steps before ``total``, then along half a cosine to 0 at step ``total``."""
+    left = linear_decay(step, total, length)
+    return (1 - math.cos(math.pi * left)) / 2

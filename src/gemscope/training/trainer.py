@@ -18,8 +18,9 @@ from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
 from gemscope.dictionaries.sae import SAE
 from gemscope.training.config import TrainConfig
-from gemscope.training.data import ActivationSource, endless_batches, first_rows, moments
-from gemscope.training.learner import Learner, StepResult
+from gemscope.training.data import ActivationSource, endless_batches, first_rows
+from gemscope.training.learner import Learner, Rows, StepResult
+from gemscope.training.single import SingleLayerLearner
 
 Evaluate = Callable[[Site, SAE], Mapping[str, Any]]
 """Held-out evaluation of a finished dictionary, given by the caller."""
@@ -117,14 +118,14 @@ def train(
     total, batch_size, seed, calibration_rows = _shared(configs)
     device = device or torch.device("cpu")
     started = time.perf_counter()
-    sites = list(dict.fromkeys(config.site for config in configs))
+    sites = list(dict.fromkeys(site for config in configs for site in config.sites))
     batches = endless_batches(data, sites, batch_size, seed)
     calibration = first_rows(data, sites, calibration_rows, batch_size, seed)
     state = TrainerState(0, _learners(configs, calibration, device))
     results: list[StepResult] = []
     while state.step < total:
         batch = {site: x.to(device, torch.float32) for site, x in next(batches).items()}
-        results = [learner.update(batch[learner.config.site], state.step) for learner in state.learners]
+        results = [learner.update(batch, state.step) for learner in state.learners]
         state.step += 1
         if state.step % _REPORT_EVERY == 0 or state.step == total:
             seconds = time.perf_counter() - started
@@ -133,7 +134,7 @@ def train(
                 progress(report)
     seconds = time.perf_counter() - started
     return [
-        _finish(learner, calibration[learner.config.site].to(device), result, data.rows, seconds, evaluate)
+        _finish(learner, {site: x.to(device) for site, x in calibration.items()}, result, data.rows, seconds, evaluate)
         for learner, result in zip(state.learners, results, strict=True)
     ]
 
@@ -156,8 +157,8 @@ def _learners(
     calibration: Mapping[Site, Float[Tensor, "rows width"]],
     device: torch.device,
 ) -> list[Learner]:
-    found = {site: moments(x, site) for site, x in calibration.items()}
-    return [Learner(c, calibration[c.site].to(device), found[c.site]) for c in configs]
+    rows = {site: x.to(device) for site, x in calibration.items()}
+    return [SingleLayerLearner(config, rows) for config in configs]
 
 
 def _report(state: TrainerState, total: int, results: Sequence[StepResult], rate: float) -> Progress:
@@ -174,27 +175,29 @@ def _report(state: TrainerState, total: int, results: Sequence[StepResult], rate
 
 def _finish(
     learner: Learner,
-    x: Float[Tensor, "rows d_in"],
+    calibration: Rows,
     last: StepResult,
     data_rows: int,
     seconds: float,
     evaluate: Evaluate | None,
 ) -> Trained:
     config = learner.config
-    dictionary, factor = learner.finished(x)
-    dead = (learner.idle_rows > config.dead_after_rows).float().mean().item()
+    dictionary, numbers = learner.finished(calibration)
     summary = TrainSummary(
         config=config,
         rows=config.steps * config.batch_size,
         epochs=config.steps * config.batch_size / data_rows,
         seconds=seconds,
-        scale=learner.moments.scale,
-        bandwidth=learner.bandwidth,
-        threshold_factor=factor,
+        scale=numbers["scale_in"],
+        bandwidth=numbers["bandwidth"],
+        threshold_factor=numbers["threshold_factor"],
         loss=last.loss.item(),
         fvu=last.fvu.item(),
         l0=last.l0.item(),
-        dead_fraction=dead,
+        dead_fraction=numbers["dead_fraction"],
     )
-    _log.info("%s: L0 %.1f, FVU %.3f, thresholds x %.3f", config.site, summary.l0, summary.fvu, factor)
+    _log.info(
+        "%s: L0 %.1f, FVU %.3f, thresholds x %.3f", config.site, summary.l0, summary.fvu, summary.threshold_factor
+    )
+    assert isinstance(dictionary, SAE)
     return Trained(config, dictionary.cpu(), summary, evaluate(config.site, dictionary) if evaluate else None)

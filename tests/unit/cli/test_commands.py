@@ -85,12 +85,37 @@ def test_evaluate_measures_a_dictionary_folder_anew(run, tiny_suite, monkeypatch
         "gemscope.suites.measure.QuickstartConfig",
         lambda: QuickstartConfig(heldout_tokens=4000, splice_tokens=500),
     )
-    done = run("evaluate", tiny_suite / "dictionaries" / "resid_post.3", "--json")
+    done = run("evaluate", tiny_suite / "dictionaries" / "resid_post.3", "--json", "--no-verify")
     stored = json.loads((tiny_suite / "evaluation" / "resid_post.3.json").read_text())
     (anew,) = json.loads(done.stdout)
     assert anew["fidelity"] == stored["fidelity"]
     assert anew["loss"] == stored["loss"]
     assert anew["concepts"] == stored["concepts"]
+
+
+def test_evaluate_refuses_a_dictionary_that_does_not_fit_its_site(run, tiny_suite, tmp_path, monkeypatch):
+    from gemscope.artifacts import formats
+    from gemscope.suites.config import QuickstartConfig
+
+    monkeypatch.setattr("gemscope.suites.measure.QuickstartConfig", lambda: QuickstartConfig(heldout_tokens=1000))
+    loaded = formats.load(tiny_suite / "dictionaries" / "resid_post.3")
+    loaded.dictionary.W_dec.neg_()
+    formats.save(tmp_path / "wrong", loaded.dictionary, loaded.config, format="saelens")
+    done = run("evaluate", tmp_path / "wrong")
+    assert done.exit_code == 2
+    assert "does not fit resid_post.3" in done.output
+    assert "--no-verify" in done.output
+
+
+def test_inspect_and_convert_answer(run, tiny_suite, tmp_path):
+    folder = tiny_suite / "dictionaries" / "resid_post.1"
+    assert "sae, jumprelu" in run("inspect", folder).output
+    assert json.loads(run("inspect", folder, "--json").stdout)["reads"] == ["resid_post.1"]
+    done = run("convert", folder, tmp_path / "out", "--to", "gemma-scope-2")
+    assert "lost: the provenance is not written." in done.output
+    assert "gemma-scope-2" in run("inspect", tmp_path / "out").output
+    assert run("convert", folder, tmp_path / "out", "--to", "saelens").exit_code == 2
+    assert run("inspect", tmp_path).exit_code == 2
 
 
 def test_models_and_doctor_answer(run):

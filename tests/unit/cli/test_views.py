@@ -32,19 +32,19 @@ def position(piece: str, *latents: LatentReading, role: str = "content") -> Posi
     return PositionReading(0, 7, piece, role, len(latents), latents)
 
 
-LATENT = LatentReading(17, 12.345, "country", 0.931, ("France", "Italy", "Spain"))
+LATENT = LatentReading(17, 12.345, 0.876, "country", 0.931, ("France", "Italy", "Spain"))
 LONG = LatentReading(
-    1023, 9999.5, "the_very_long_name_of_a_concept", 0.5, tuple("antidisestablishment" for _ in range(9))
+    1023, 9999.5, 1.5, "the_very_long_name_of_a_concept", 0.5, tuple("antidisestablishment" for _ in range(9))
 )
-NAMELESS = LatentReading(5, 0.04, None, 0.1, ("日本", "🙂", "é"))
+NAMELESS = LatentReading(5, 0.04, None, None, 0.0, ("日本", "🙂", "é"))
 
 
 def test_a_reading_shows_each_token_with_its_latents_below_one_another():
     lines = drawn(view.reading(reading(position("▁Paris", LATENT, NAMELESS), position("is")), 80))
     assert lines[0] == "microworld-it · resid_post.3 · 1,024 latents · FVU 0.012 on this text"
-    assert lines[2] == "token        latent    act  concept                 promotes"
-    assert lines[3] == "Paris            17  12.35  country 0.93            France Italy Spain"
-    assert lines[4] == "                  5   0.04  —                       日本 🙂 é"
+    assert lines[2] == "token        latent    act of max  concept                promotes"
+    assert lines[3] == "Paris            17  12.35    88%  country 93%            France Italy Spain"
+    assert lines[4] == "                  5   0.04      –  —                      日本 🙂 é"
     assert lines[5] == "is                –  no latent is active"
 
 
@@ -53,7 +53,7 @@ def test_no_line_of_a_reading_is_wider_than_the_terminal():
     for width in (60, 80, 120):
         lines = drawn(view.reading(reading(*rows, answer="word " * 60), width), width)
         assert max(cell_len(line) for line in lines) <= width
-        starts = [line for line in lines if "FVU" not in line and ("0.9" in line or "0.5" in line)]
+        starts = [line for line in lines if "FVU" not in line and ("93%" in line or "50%" in line)]
         assert starts
     assert any("supercalifr… " in line for line in lines)
 
@@ -80,9 +80,9 @@ def test_a_chat_shows_the_answer_and_whose_turn_it_is():
 
 
 def evaluation(layer: int, concepts: bool = True) -> Evaluation:
-    score = ConceptScore("country", 50, 0.95, 1, 0.9, 1, 0.5)
-    low = ConceptScore("city", 50, 0.85, 1, 0.9, 1, 0.5)
-    report = ConceptReport(1000, (score, low), {}, (None,) * 4, (0.0,) * 4)
+    score = ConceptScore("country", 50, 0.95, 1, 0.9, 1, False, 0.5)
+    low = ConceptScore("city", 50, 0.85, 1, 0.9, 1, False, 0.5)
+    report = ConceptReport(1000, (score, low), {}, (None,) * 4, (0.0,) * 4, (0.0,) * 4)
     return Evaluation(
         "microworld-it",
         Site("resid_post", layer),
@@ -97,8 +97,8 @@ def evaluation(layer: int, concepts: bool = True) -> Evaluation:
 def test_the_table_of_measures_has_a_line_per_dictionary():
     lines = drawn(tables.evaluations([evaluation(0), evaluation(11, concepts=False)], 20.0))
     assert lines[0].split("  ")[0] == "site"
-    assert lines[1].split() == ["resid_post.0", "20.0", "0.0312", "0.0102", "99.5%", "1", "3", "1/2"]
-    assert lines[2].split() == ["resid_post.11", "20.0", "0.0312", "0.0102", "99.5%", "1", "3", "–"]
+    assert lines[1].split() == ["resid_post.0", "20.0", "0.0312", "0.0102", "99.5%", "1/4", "1/2", "0/0"]
+    assert lines[2].split() == ["resid_post.11", "20.0", "0.0312", "0.0102", "99.5%", "1/4", "–", "–"]
     assert any("(target 20), over 40,000 held-out tokens" in line for line in lines)
     assert max(map(cell_len, lines)) <= 80
 

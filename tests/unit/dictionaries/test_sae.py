@@ -48,9 +48,9 @@ def test_leading_axes_are_kept_and_sparse_codes_are_the_dense_ones() -> None:
     sae, x = random_sae(0), torch.randn(2, 3, 6, dtype=torch.float64)
     assert sae(x).shape == x.shape
     rows = x.reshape(6, 6)
-    (row, latent), values = sae.encode_sparse(rows)
+    support, values = sae.encode_sparse(rows)
     dense = torch.zeros(6, 15, dtype=torch.float64)
-    dense[row, latent] = values
+    dense[support.rows, support.latents] = values
     torch.testing.assert_close(dense, sae.encode(rows), rtol=0, atol=1e-12)
     torch.testing.assert_close(dense.reshape(2, 3, 15), sae.encode(x), rtol=0, atol=1e-12)
 

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from gemscope.dictionaries import sparse
 from gemscope.dictionaries.activations import jump_relu, step
-from gemscope.dictionaries.sparse import Support, decode_sparse, dots, encode_above, times_latents, times_rows
+from gemscope.dictionaries.sparse import (
+    Support,
+    decode_prefixes,
+    decode_sparse,
+    dots,
+    encode_above,
+    times_latents,
+    times_rows,
+)
 
 
 def _case(seed: int, batch: int = 9, d: int = 4, d_sae: int = 11, share: float = 0.3):
@@ -28,6 +36,23 @@ def test_products_equal_those_of_the_dense_matrix(seed: int, share: float) -> No
     expected = (by_row @ by_latent.T)[support.rows, support.latents]
     torch.testing.assert_close(dots(support, by_row, by_latent), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(support.per_row(values), dense.sum(1), rtol=0, atol=1e-12)
+
+
+@given(seed=st.integers(0, 10_000), prefixes=st.lists(st.integers(1, 11), min_size=1, unique=True).map(sorted))
+@settings(max_examples=20, deadline=None)
+def test_prefixes_equal_the_dense_matrix_cut_off_with_every_gradient(seed: int, prefixes: list[int]) -> None:
+    dense, support, values = _case(seed)
+    W_dec = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
+    values.requires_grad_()
+    dense = torch.zeros_like(dense).index_put((support.rows, support.latents), values)
+    weights = torch.randn(len(prefixes), 9, 4, dtype=torch.float64)
+    expected = [dense[:, :p] @ W_dec[:p] for p in prefixes]
+    found = decode_prefixes(support, values, W_dec, prefixes)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad((torch.stack(r) * weights).sum(), [values, W_dec]) for r in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def _parameters(seed: int, d_in: int = 5, d_sae: int = 13) -> list[torch.Tensor]:

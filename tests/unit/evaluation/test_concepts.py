@@ -95,18 +95,40 @@ def test_a_planted_latent_is_named_and_rare_concepts_are_not_scored():
     assert report.too_few == {"rare": 19, "nearly_always": 395}
     assert [score.concept for score in report.scores] == ["a", "b", "planted"]
     assert report.latent_concept[4] == "planted"
-    assert report.latent_f1[4] == 1.0
+    assert report.latent_share[4] == 1.0
+    assert report.latent_max[4] == 2.0
     assert report.latent_concept[1] is None
-    assert report.latent_f1[1] == 0.0
-    assert report.found == sum(score.auroc >= 0.9 for score in report.scores) >= 1
-    assert report.as_dict()["measured"] == 3
+    assert report.latent_share[1] == 0.0
+    assert report.found == (sum(score.auroc >= 0.9 for score in report.scores), 3)
+
+
+def test_passages_are_counted_apart():
+    acts, labels = random_case(3, rows=400)
+    acts[:, 4] = labels[:, 2] * 2.0
+    report = score_concepts(entries(acts), labels[:, :3], ["a", "b", "planted"], frozenset({"planted", "b"}))
+    assert report.found == (0, 1)
+    assert report.found_passages == (1, 2)
+
+
+def test_a_name_is_the_concept_that_a_latents_activation_falls_on_most_exclusively():
+    """Rows 0-9 are mammals, 0-39 animals, 0-79 words, of 100; each latent's activation is counted by hand."""
+    labels = torch.zeros(100, 3, dtype=torch.bool)
+    labels[:10, 0], labels[:40, 1], labels[:80, 2] = True, True, True
+    acts = torch.zeros(100, 4)
+    acts[0, 0], acts[20, 0] = 5.0, 1.0  # 5/6 on mammals, all on animals: lifts 8.3 and 2.5
+    acts[0, 1], acts[1, 1], acts[20, 1] = 1.0, 1.0, 4.0  # 2/6 on mammals: too little; animals: lift too small
+    acts[:40, 2] = 1.0  # animals, at a lift of 2.5
+    report = score_concepts(entries(acts), labels, ["mammal", "animal", "word"], min_positives=5)
+    assert report.latent_concept == ("mammal", None, None, None)
+    assert report.latent_share == pytest.approx((5 / 6, 0, 0, 0))
+    assert report.latent_max == (5.0, 4.0, 1.0, 0.0)
 
 
 def test_nothing_measurable_gives_an_empty_report():
     acts, labels = random_case(1)
     report = score_concepts(entries(acts), torch.zeros_like(labels), list("abcde"))
     assert report.scores == ()
-    assert report.found == 0
+    assert report.found == report.found_passages == (0, 0)
     assert len(report.latent_concept) == acts.shape[1]
 
 

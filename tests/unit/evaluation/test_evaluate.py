@@ -82,12 +82,11 @@ def test_a_latent_that_marks_a_labelled_concept_is_found(model, items):
         labels = ConceptLabels(("above", "never"), marks)
         found = evaluate(model, sae, SITE, items, labels, batch_tokens=batch_tokens).concepts
         assert found.too_few == {"never": 0}
-        assert found.found == 1
+        assert found.found[0] == 1
         (score,) = found.scores
         assert (score.f1_latent, score.auroc_latent) == (5, 5)
         assert score.f1 == 1.0
         assert score.auroc == 1.0
-        assert found.latent_concept[5] == "above"
 
 
 def test_the_loss_is_measured_on_the_first_documents_only(model, items):

@@ -30,6 +30,8 @@ def test_the_latents_are_the_strongest_of_the_position(suite, model):
     got = read(model, suite, TEXT, layer=2, top=4)
     tokens = model.tokens(TEXT)
     acts = suite.dictionary(suite.sites[2]).encode(model.capture(tokens, ["resid_post.2"])["resid_post.2"][0])
+    report = suite.evaluation(suite.sites[2]).concepts
+    most = torch.tensor(report.latent_max)
     assert got.site == suite.sites[2]
     for i, position in enumerate(got.positions):
         assert (position.position, position.piece, position.role) == (i, tokens.pieces[i], tokens.roles[i])
@@ -39,11 +41,12 @@ def test_the_latents_are_the_strongest_of_the_position(suite, model):
             continue
         assert position.active == int((acts[i] > 0).sum())
         assert len(position.latents) == min(4, position.active)
-        values = [latent.activation for latent in position.latents]
+        values = [latent.strength for latent in position.latents]
         assert values == sorted(values, reverse=True)
         for latent in position.latents:
             assert latent.activation == pytest.approx(float(acts[i, latent.latent]), rel=1e-5)
-        assert max(values, default=0.0) == pytest.approx(float(acts[i].max()), rel=1e-5)
+            assert latent.strength == pytest.approx(latent.activation / report.latent_max[latent.latent], rel=1e-5)
+        assert max(values, default=0.0) == pytest.approx(float((acts[i] / most).nan_to_num().max()), rel=1e-5)
 
 
 def test_promoted_tokens_follow_the_final_norm_and_the_unembedding(suite, model):
@@ -56,15 +59,12 @@ def test_promoted_tokens_follow_the_final_norm_and_the_unembedding(suite, model)
         assert list(latent.promotes) == words[:3]
 
 
-def test_a_latent_has_the_concept_it_marks_best_and_a_name_only_above_the_bar(suite, model, monkeypatch):
+def test_a_latent_has_the_name_that_the_evaluation_gave_it(suite, model):
     report = suite.evaluation(suite.sites[0]).concepts
-    for bar in (0.0, 0.05, 2.0):
-        monkeypatch.setattr(module, "NAMED_FROM", bar)
-        for position in read(model, suite, TEXT, layer=0).positions:
-            for latent in position.latents:
-                assert latent.concept_f1 == report.latent_f1[latent.latent]
-                named = latent.concept_f1 >= bar
-                assert latent.concept == (report.latent_concept[latent.latent] if named else None)
+    for position in read(model, suite, TEXT, layer=0).positions:
+        for latent in position.latents:
+            assert latent.concept == report.latent_concept[latent.latent]
+            assert latent.concept_share == report.latent_share[latent.latent]
 
 
 def test_the_default_layer_finds_the_most_concepts(suite, model):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gemscope.artifacts import native
+from gemscope.artifacts.config import DictionaryConfig
 from gemscope.core.errors import InputError
 from gemscope.core.provenance import collect
 from gemscope.core.sites import Site
@@ -20,6 +21,10 @@ from gemscope.training.trainer import Progress, Trained, train
 from unit.training.worlds import OTHER, SITE, MemorySource, superposition
 
 QUICK = TrainConfig(SITE, d_sae=64, target_l0=4.0, steps=12, batch_size=128, calibration_rows=512)
+
+
+def _config(done: Trained, **about: Any) -> DictionaryConfig:
+    return DictionaryConfig.of(done.dictionary, SITE, model="m", provenance=collect().as_dict(), **about)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +122,7 @@ def test_an_interrupted_run_leaves_no_file(source: MemorySource, tmp_path: Path)
 
     def run() -> None:
         for done in train(source, [QUICK], progress=interrupt):
-            native.save(tmp_path / "d", done.dictionary, site=SITE, model="m", provenance=collect())
+            native.save(tmp_path / "d", done.dictionary, _config(done))
 
     with pytest.raises(KeyboardInterrupt):
         run()
@@ -127,10 +132,10 @@ def test_an_interrupted_run_leaves_no_file(source: MemorySource, tmp_path: Path)
 def test_a_trained_dictionary_survives_saving(source: MemorySource, tmp_path: Path) -> None:
     done = train(source, [QUICK])[0]
     extra = {"training": done.summary.as_dict()}
-    native.save(tmp_path / "d", done.dictionary, site=SITE, model="m", provenance=collect(), extra=extra)
+    native.save(tmp_path / "d", done.dictionary, _config(done, extra=extra))
     loaded = native.load(tmp_path / "d")
-    x = source.data[SITE][:50]
-    assert torch.equal(loaded.dictionary(x), done.dictionary(x))
+    for name, tensor in done.dictionary.named_parameters():
+        assert torch.equal(loaded.dictionary.get_parameter(name), tensor)
     assert loaded.config.extra["training"]["config"]["target_l0"] == 4.0
 
 
