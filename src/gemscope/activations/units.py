@@ -67,7 +67,7 @@ class _Moved:
     sums: dict[Site, Tensor]
     outlier: Bool[Tensor, "rows"]
     place: Int[Tensor, "rows"]
-    ready: list[torch.cuda.Event]
+    ready: list[torch.cuda.Event | torch.Event]
     """One for every CUDA device that rows come from."""
 
 
