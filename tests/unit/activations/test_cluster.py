@@ -6,7 +6,6 @@ import threading
 import time
 
 import pytest
-import torch
 
 from gemscope.activations.cluster import ModelSpec, RayConfig, harvest_on_ray
 from gemscope.activations.harvesting import harvest_to
@@ -33,7 +32,6 @@ def test_without_ray_the_remedy_is_named(tmp_path, monkeypatch):
 
 @pytest.fixture
 def local(tiny_folder, tmp_path):
-    torch.set_num_threads(1)
     gemma = Gemma.load(tiny_folder, check=False)
     harvest_to(tmp_path / "local", gemma, small.corpus(), CONFIG)
     return gemma
