@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from gemscope import __version__
 from gemscope.cli import artifacts, catalogue, store
+from gemscope.cli.train import train
 from gemscope.core.errors import GemscopeError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def quickstart(
     from dataclasses import replace
 
     from gemscope.cli.inputs import DEFAULT_MODEL
-    from gemscope.cli.tables import evaluations, next_steps
+    from gemscope.cli.tables import evaluations, next_steps, other_kinds
     from gemscope.cli.terminal import StageBars, out
     from gemscope.suites.config import QuickstartConfig
     from gemscope.suites.quickstart import quickstart as build
@@ -124,6 +125,7 @@ def quickstart(
     console = out()
     console.print()
     console.print(evaluations([suite.evaluation(site) for site in suite.sites], config.target_l0))
+    console.print(other_kinds([suite.other(name).config for name in suite.others]))
     console.print(next_steps(suite, name, folder, chat=suite.about["chat"]), soft_wrap=True)
 
 
@@ -203,6 +205,7 @@ def evaluate(
 
 
 artifacts.register(app)
+app.command()(train)
 
 
 @app.command()

@@ -7,7 +7,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gemscope.artifacts.config import DictionaryConfig
 from gemscope.cli.inputs import DEFAULT_MODEL
+from gemscope.core.sites import Site
 from gemscope.evaluation.concepts import FOUND_AUROC, MIN_POSITIVES
 from gemscope.evaluation.evaluate import Evaluation
 from gemscope.suites.suite import Suite
@@ -36,6 +38,36 @@ def evaluations(measured: Sequence[Evaluation], target_l0: float | None) -> Rend
         )
         notes.append("passages   the same for labels of whole passages: kinds of text, planted faults")
     return Group(table, Text(), *(Text(note, style="dim") for note in notes))
+
+
+def other_kinds(found: Sequence[DictionaryConfig]) -> RenderableType:
+    """One line for each dictionary of another kind, with the measures in its config."""
+    if not found:
+        return Text()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("also trained", "reads", "writes", "L0", "FVU", "Δ loss", "recovered"):
+        table.add_column(name, justify="left" if name in ("also trained", "reads", "writes") else "right", no_wrap=True)
+    for config in found:
+        measured = config.extra["evaluation"]
+        loss = measured["loss"]
+        share = loss["recovered_mean"]
+        table.add_row(
+            config.kind.replace("_", " "),
+            _places(config.reads),
+            _places(config.writes),
+            f"{measured['l0']:.1f}",
+            f"{measured['fvu']:.4f}",
+            f"{loss['delta_loss']:.4f}",
+            "–" if share is None else f"{100 * share:.1f}%",
+        )
+    return Group(Text(), table)
+
+
+def _places(sites: Sequence[Site]) -> str:
+    if len(sites) == 1:
+        return str(sites[0])
+    layers = [str(site.layer) for site in sites]
+    return f"{sites[0].name}.{layers[0]}…{layers[-1]}"
 
 
 def next_steps(suite: Suite, model: str, folder: Path | None, *, chat: bool) -> RenderableType:

@@ -34,6 +34,15 @@ class QuickstartConfig:
     seed: int = 0
     """Of the texts, the first weights and the order of the rows."""
 
+    other_tokens: int = 60_000
+    """Content tokens that the other kinds of dictionary are trained on."""
+    other_steps: int = 150
+    """Their updates, at most ``steps``."""
+    other_batch_size: int = 1024
+    """Their tokens per update, at most ``batch_size``."""
+    other_l0_factor: float = 3.0
+    """Target L0 of a CLT or crosscoder, over all its layers, in ``target_l0``."""
+
     def train_config(self, site: Site) -> TrainConfig:
         """How the dictionary at one site is trained."""
         return TrainConfig(

@@ -1,4 +1,4 @@
-"""From a model's name to a suite, in three stages: harvest, train, evaluate.
+"""From a model's name to a suite, in stages: harvest, train, evaluate, and one small dictionary of every other kind.
 
 Notable:
 - what a stage writes appears whole under its final name or not at all, and carries a *key*: a hash of the
@@ -30,6 +30,7 @@ from gemscope.evaluation.evaluate import Evaluation, evaluate
 from gemscope.models.gemma import Gemma
 from gemscope.models.loading import BUILT_IN
 from gemscope.models.weights import weights_hash
+from gemscope.suites import others
 from gemscope.suites.config import QuickstartConfig
 from gemscope.suites.corpus import fingerprint, heldout_text, training_text
 from gemscope.suites.suite import Suite, activations_folder, dictionary_folder, evaluation_path
@@ -111,6 +112,7 @@ def quickstart(
     run.keys["harvest"] = _harvest_key(run)
     _train_stage(run)
     _evaluate_stage(run)
+    names = _others_stage(run)
     if (folder / "suite.json").is_file():
         return Suite.open(folder)
     about = {
@@ -119,7 +121,7 @@ def quickstart(
         "weights_sha256": run.weights,
         "provenance": _provenance(config),
     }
-    suite = Suite(run.folder, model, gemma.revision, run.sites, about)
+    suite = Suite(run.folder, model, gemma.revision, run.sites, about, names)
     suite.save()
     return suite
 
@@ -137,7 +139,13 @@ def _check_owner(folder: Path, model: str) -> None:
 
 def _sweep(folder: Path) -> None:
     """Remove what a killed run left under temporary names."""
-    for place, name in (("", "activations"), ("", "suite.json"), ("dictionaries", "*"), ("evaluation", "*")):
+    for place, name in (
+        ("", "activations"),
+        ("", "suite.json"),
+        ("dictionaries", "*"),
+        ("others", "*"),
+        ("evaluation", "*"),
+    ):
         for ending in ("tmp", "old"):
             for path in (folder / place).glob(f".{name}.*.{ending}"):
                 if path.is_dir():
@@ -251,6 +259,28 @@ def _train_stage(run: _Run) -> None:
 def _is_trained(run: _Run, site: Site) -> bool:
     folder = dictionary_folder(run.folder, site)
     return _has_key(lambda: native.load(folder).config.extra, run.keys[f"train {site}"])
+
+
+def _others_stage(run: _Run) -> tuple[str, ...]:
+    """The dictionaries of the other kinds, all in one pass; their names."""
+    wanted = others.others(run.gemma, run.config)
+    key = _key(
+        weights=run.weights,
+        text=fingerprint(run.gemma, "train", run.config.seed),
+        train=[config.as_dict() for config in wanted.configs],
+        tokens=min(run.config.tokens, run.config.other_tokens),
+        seed=run.config.seed,
+    )
+    if all(others.is_there(run.folder, name, key) for name in wanted.names):
+        run.reused("train more", "steps", wanted.configs[0].steps)
+        return wanted.names
+    run.remaking()
+
+    def count(stage: str, done: int, total: int, unit: str) -> None:
+        run.report(StageProgress(stage, done, total, unit))
+
+    others.build(run.gemma, run.model, run.folder, run.config, key, count)
+    return wanted.names
 
 
 def _evaluate_stage(run: _Run) -> None:

@@ -4,6 +4,7 @@ suite.json                what it holds; written last, so that its presence mean
 activations/              the harvested rows (gemscope.activations.sets)
 dictionaries/<site>/      one dictionary, native format
 evaluation/<site>.json    its measures on held-out text
+others/<name>/            one dictionary of each other kind, with its measures in its config
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemscope.artifacts import native
+from gemscope.artifacts.config import Loaded
 from gemscope.core.errors import FormatError, InputError
 from gemscope.core.files import read_json, write_json
 from gemscope.core.sites import Site
@@ -53,6 +55,8 @@ class Suite:
     """The sites that have a dictionary, in the order of a forward pass."""
     about: dict[str, Any]
     """The configuration it was built with, the hash of the model's weights, provenance."""
+    others: tuple[str, ...] = ()
+    """Names of the dictionaries of other kinds."""
 
     def save(self) -> None:
         """Write suite.json."""
@@ -62,6 +66,7 @@ class Suite:
             "model": self.model,
             "revision": self.revision,
             "sites": [str(site) for site in self.sites],
+            "others": list(self.others),
             "about": self.about,
         }
         write_json(self.folder / "suite.json", value)
@@ -79,7 +84,7 @@ class Suite:
             raise FormatError(f"{folder / 'suite.json'} is no {FORMAT} of version {VERSION}; run quickstart again.")
         try:
             sites = tuple(Site.parse(name) for name in value["sites"])
-            return cls(folder, value["model"], value["revision"], sites, value["about"])
+            return cls(folder, value["model"], value["revision"], sites, value["about"], tuple(value.get("others", [])))
         except (KeyError, TypeError) as error:
             raise FormatError(f"{folder / 'suite.json'} lacks a part ({error}); run quickstart again.") from error
 
@@ -94,6 +99,13 @@ class Suite:
     def dictionary(self, site: Site) -> SAE:
         """The dictionary at a site; raises FormatError when its files are damaged or hold another kind."""
         return native.load_sae(dictionary_folder(self.folder, site))
+
+    def other(self, name: str) -> Loaded:
+        """A dictionary of another kind; raises InputError with the names there are, FormatError when it is damaged."""
+        if name not in self.others:
+            known = ", ".join(self.others) or "none"
+            raise InputError(f"the suite in {self.folder} has no dictionary {name!r}; its others are {known}.")
+        return native.load(self.folder / "others" / name)
 
     def evaluation(self, site: Site) -> Evaluation:
         """The measures of the dictionary at a site; raises FormatError when it is missing or damaged."""

@@ -1,8 +1,8 @@
 """What the trainer reads: batches of activations from several sites at once, and their first moments."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -31,6 +31,41 @@ class ActivationSource(Protocol):
         ...
 
 
+@runtime_checkable
+class Place(Protocol):
+    """A place in a stream of rows, as plain JSON values."""
+
+    def as_dict(self) -> dict[str, int]:
+        """The place."""
+        ...
+
+    @classmethod
+    def of_dict(cls, value: Any) -> Any:
+        """Back from ``as_dict``."""
+        ...
+
+
+@runtime_checkable
+class PlacedStream(Protocol):
+    """Batches without end, and the place of the next one."""
+
+    @property
+    def position(self) -> Place:
+        """Where the next batch begins."""
+        ...
+
+    def __next__(self) -> dict[Site, Float[Tensor, "batch width"]]: ...
+
+
+@runtime_checkable
+class SeekableSource(ActivationSource, Protocol):
+    """A source that can begin anywhere without reading what lies before, such as a store on a disk."""
+
+    def stream(self, sites: Sequence[Site], batch_size: int, seed: int = 0, *, start: Any = None) -> PlacedStream:
+        """Batches of every epoch, from ``start`` on."""
+        ...
+
+
 @dataclass(frozen=True)
 class Moments:
     """Mean and size of a site's activations."""
@@ -43,23 +78,58 @@ class Moments:
     """E||x - mean||^2 / C^2: the squared error, after scaling, of a dictionary that does nothing."""
 
 
-def endless_batches(
-    data: ActivationSource, sites: Sequence[Site], batch_size: int, seed: int
-) -> Iterator[dict[Site, Float[Tensor, "batch width"]]]:
-    """Full batches, epoch after epoch; what is left over at the end of an epoch is skipped.
+class BatchReader:
+    """Full batches, epoch after epoch, that can go on where another reader was; what is left over at the end of an
+    epoch is skipped.
 
     Raises InputError when there are fewer rows than one batch.
     """
-    if data.rows < batch_size:
-        raise InputError(
-            f"{data.rows} rows are fewer than one batch of {batch_size}; harvest more text or lower batch_size."
-        )
-    epoch = 0
-    while True:
-        for batch in data.batches(sites, batch_size, seed, epoch):
-            if len(batch[sites[0]]) == batch_size:
-                yield batch
-        epoch += 1
+
+    def __init__(self, data: ActivationSource, sites: Sequence[Site], batch_size: int, seed: int) -> None:
+        if data.rows < batch_size:
+            raise InputError(
+                f"{data.rows} rows are fewer than one batch of {batch_size}; harvest more text or lower batch_size."
+            )
+        self._data, self._sites, self._size, self._seed = data, list(sites), batch_size, seed
+        self._epoch = self._batch = 0
+        self._batches: Iterator[dict[Site, Tensor]] | None = None
+        self._stream = data.stream(self._sites, batch_size, seed) if isinstance(data, SeekableSource) else None
+
+    def position(self) -> dict[str, int]:
+        """Where the next batch is, as plain JSON values."""
+        if self._stream is not None:
+            return dict(self._stream.position.as_dict())
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def seek(self, position: Mapping[str, int]) -> None:
+        """Go on from what ``position`` gave; a source that is not seekable is read through to there."""
+        if isinstance(self._data, SeekableSource) and self._stream is not None:
+            start = type(self._stream.position).of_dict(dict(position))
+            self._stream = self._data.stream(self._sites, self._size, self._seed, start=start)
+            return
+        self._epoch, self._batch = position["epoch"], 0
+        self._batches = self._begin()
+        while self._batch < position["batch"]:
+            next(self._batches)
+            self._batch += 1
+
+    def __next__(self) -> dict[Site, Float[Tensor, "batch width"]]:
+        while True:
+            batch = next(self._stream) if self._stream is not None else self._next_of_epoch()
+            if batch is not None and len(batch[self._sites[0]]) == self._size:
+                return batch
+
+    def _begin(self) -> Iterator[dict[Site, Tensor]]:
+        return self._data.batches(self._sites, self._size, self._seed, self._epoch)
+
+    def _next_of_epoch(self) -> dict[Site, Tensor] | None:
+        self._batches = self._begin() if self._batches is None else self._batches
+        batch = next(self._batches, None)
+        if batch is None:
+            self._epoch, self._batch, self._batches = self._epoch + 1, 0, None
+        else:
+            self._batch += 1
+        return batch
 
 
 def first_rows(

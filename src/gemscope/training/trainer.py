@@ -1,31 +1,40 @@
 """Trains many dictionaries in one pass: each site is read once per batch, whatever hangs on it.
 
-Nothing here writes a file: an interrupted run leaves nothing half done (saving is ``artifacts.native``,
-atomic). The initial weights and the order of the rows are functions of the seed, so there is no random state
-besides the step.
+Notable:
+- a dictionary comes out the same whether it is trained alone or beside others, and bit for bit the same again on the
+  same machine and number of threads, also when the run was stopped and went on (``Keeping``);
+- every checkpoint gives dictionaries for raw activations: normalisation and centring are folded each time;
+- initial weights are a function of each config's seed, the order of the rows of the first config's.
 """
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
-from gemscope.core.arrays import Float, Tensor
+from gemscope.artifacts.config import AnyDictionary
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
-from gemscope.dictionaries.sae import SAE
-from gemscope.training.config import TrainConfig
-from gemscope.training.data import ActivationSource, endless_batches, first_rows
+from gemscope.dictionaries.base import Dictionary
+from gemscope.dictionaries.single import SingleLayer
+from gemscope.training import checkpoint
+from gemscope.training.checkpoint import Checkpoint
+from gemscope.training.config import MULTI_LAYER, TrainConfig
+from gemscope.training.data import ActivationSource, BatchReader, first_rows
 from gemscope.training.learner import Learner, Rows, StepResult
+from gemscope.training.log import JsonLines, Log
+from gemscope.training.multilayer import MultiLayerConfig, MultiLayerLearner
+from gemscope.training.sharding import ALONE, Mesh
 from gemscope.training.single import SingleLayerLearner
+from gemscope.training.stopping import Stop, stopping
 
-Evaluate = Callable[[Site, SAE], Mapping[str, Any]]
-"""Held-out evaluation of a finished dictionary, given by the caller."""
+Evaluate = Callable[[TrainConfig, Dictionary], Mapping[str, Any]]
+"""Held-out evaluation of a dictionary for raw activations, given by the caller; plain JSON values."""
 
-_REPORT_EVERY = 20
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +54,10 @@ class Progress:
     """Mean active latents per row, on the last batch."""
     rows_per_second: float
     """Rows per second so far, each counted once for every dictionary."""
+    batch_size: int
+    """Rows per update."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know, with the dictionary's name."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class TrainSummary:
     seconds: float
     """Wall-clock time of the whole pass."""
     scale: float
-    """C: training saw x / C."""
+    """C: training saw x / C (the first layer's)."""
     bandwidth: float
     """Of the threshold's gradient, for the scaled activations."""
     threshold_factor: float
@@ -71,6 +84,8 @@ class TrainSummary:
     """Fraction of variance unexplained on the last batch, before the final calibration."""
     l0: float
     """Mean active latents per row of the last batch, before the final calibration."""
+    l0_finished: float
+    """The same of the finished dictionary, on the calibration rows."""
     dead_fraction: float
     """Share of the latents that were not active in the last ``config.dead_after_rows`` rows."""
 
@@ -84,21 +99,76 @@ class Trained:
     """One finished dictionary."""
 
     config: TrainConfig
-    dictionary: SAE
+    dictionary: AnyDictionary
     """For raw activations, on the CPU."""
     summary: TrainSummary
     evaluation: Mapping[str, Any] | None
     """What ``evaluate`` returned."""
+    name: str = ""
+    """Unique in its pass."""
+
+
+Export = Callable[[int, Sequence[Trained]], None]
+"""Takes the dictionaries as they stand after so many updates."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a run leaves on the disk, and how often. The same call with the same folder goes on where it was."""
+
+    folder: Path
+    """Holds ``checkpoint/`` and ``log.jsonl``."""
+    every: int = 1000
+    """Updates between checkpoints; one more is written on Ctrl-C, on SIGTERM and at the end."""
+    export: Export | None = None
+    """Called at every checkpoint."""
+    evaluate_every: int | None = None
+    """Updates between held-out evaluations; None means at the end only."""
+    logs: tuple[Log, ...] = ()
+    """Beside ``log.jsonl``."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the checkpoint."""
+        return self.folder / "checkpoint"
+
+    @property
+    def all_logs(self) -> tuple[Log, ...]:
+        """Every log."""
+        return (JsonLines(self.folder / "log.jsonl"), *self.logs)
 
 
 @dataclass
-class TrainerState:
-    """Everything that an interrupted pass would need to go on."""
+class _Pass:
+    """One pass over the data."""
 
-    step: int
-    """Updates made: with the seed it also gives the place in the data."""
+    configs: Sequence[TrainConfig]
+    names: Sequence[str]
     learners: list[Learner]
-    """Weights, moments and firing counts of each dictionary."""
+    reader: BatchReader
+    calibration: Rows
+    rows: int
+    keep: Keeping | None
+    logs: tuple[Log, ...]
+    evaluate: Evaluate | None
+    progress: Callable[[Progress], None] | None
+    device: torch.device
+    mesh: Mesh
+    report_every: int
+    step: int = 0
+    seconds: float = 0.0
+    """Before this process."""
+    started: float = field(default_factory=time.perf_counter)
+    results: list[tuple[float, float, float]] = field(default_factory=list[tuple[float, float, float]])
+    """Loss, FVU and L0 of the last update that was reported."""
+
+    @property
+    def total(self) -> int:
+        return self.configs[0].steps
+
+    @property
+    def elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
 
 
 def train(
@@ -108,96 +178,211 @@ def train(
     evaluate: Evaluate | None = None,
     progress: Callable[[Progress], None] | None = None,
     device: torch.device | None = None,
+    keep: Keeping | None = None,
+    start: Mapping[int, Dictionary] | None = None,
+    heldout: ActivationSource | None = None,
+    mesh: Mesh = ALONE,
+    report_every: int = 20,
 ) -> list[Trained]:
     """Train one dictionary per config, all on the same batches; several may share a site.
 
-    A dictionary comes out the same whether it is trained alone or beside others, and bit for bit the same
-    again on the same machine and number of threads. Raises InputError when the configs disagree on the pass
-    they share, when there are too few rows, or when an objective stops being finite.
+    ``start`` gives the dictionaries (for raw activations) that some configs, by their place, begin from. Thresholds are
+    calibrated on ``heldout`` rows if there are any, else on training rows. With ``mesh`` every process calls this with
+    the same arguments; only the first writes and reports. Raises InputError when the configs disagree on the pass they
+    share, when there are too few rows, or when an objective stops being finite; KeyboardInterrupt and SystemExit after
+    the checkpoint of a stopped run is written.
     """
-    total, batch_size, seed, calibration_rows = _shared(configs)
+    shared = _shared(configs)
+    batch_size, seed, calibration_rows = shared.batch_size, shared.seed, shared.calibration_rows
     device = device or torch.device("cpu")
-    started = time.perf_counter()
     sites = list(dict.fromkeys(site for config in configs for site in config.sites))
-    batches = endless_batches(data, sites, batch_size, seed)
-    calibration = first_rows(data, sites, calibration_rows, batch_size, seed)
-    state = TrainerState(0, _learners(configs, calibration, device))
-    results: list[StepResult] = []
-    while state.step < total:
-        batch = {site: x.to(device, torch.float32) for site, x in next(batches).items()}
-        results = [learner.update(batch, state.step) for learner in state.learners]
-        state.step += 1
-        if state.step % _REPORT_EVERY == 0 or state.step == total:
-            seconds = time.perf_counter() - started
-            report = _report(state, total, results, state.step * batch_size / seconds)
-            if progress is not None:
-                progress(report)
-    seconds = time.perf_counter() - started
+    reader = BatchReader(data, sites, batch_size, seed)
+    first = _on(first_rows(data, sites, calibration_rows, batch_size, seed), device)
+    learners = [make_learner(c, first, (start or {}).get(i), mesh) for i, c in enumerate(configs)]
+    later = first
+    if heldout is not None:
+        later = _on(first_rows(heldout, sites, calibration_rows, batch_size, seed), device)
+    run = _Pass(
+        configs=configs,
+        names=names_of(configs),
+        learners=learners,
+        reader=reader,
+        calibration=later,
+        rows=data.rows,
+        keep=keep,
+        logs=() if keep is None or not mesh.is_first else keep.all_logs,
+        evaluate=evaluate,
+        progress=progress if mesh.is_first else None,
+        device=device,
+        mesh=mesh,
+        report_every=report_every,
+    )
+    _resume(run)
+    if keep is None:
+        _go(run, Stop())
+    else:
+        with stopping() as stop:
+            _go(run, stop)
+    finished = _finished(run, evaluate)
+    for log in run.logs:
+        log.close()
+    return finished
+
+
+def make_learner(
+    config: TrainConfig, calibration: Rows, start: Dictionary | None = None, mesh: Mesh = ALONE
+) -> Learner:
+    """The learner of a config's kind; one layer in one process has its own, faster one."""
+    several = config.kind in MULTI_LAYER or isinstance(config, MultiLayerConfig) or mesh.latents * mesh.data > 1
+    if several:
+        return MultiLayerLearner(config, calibration, start=start, mesh=mesh)
+    if start is not None and not isinstance(start, SingleLayer):
+        raise InputError(f"a {config.kind} cannot begin from a {start.kind}; give a dictionary of the same kind.")
+    return SingleLayerLearner(config, calibration, initial=start)
+
+
+def names_of(configs: Sequence[TrainConfig]) -> list[str]:
+    """A short name for each config, such as ``sae.resid_post.3.w1024.l0_32``, made unique."""
+    names: list[str] = []
+    for config in configs:
+        where = ".".join([config.site.name, *(["all"] if config.layers else [str(config.site.layer)])])
+        name = f"{config.kind}.{where}.w{config.d_sae}.l0_{config.target_l0:g}"
+        same = sum(other == name or other.startswith(f"{name}.no") for other in names)
+        names.append(f"{name}.no{same + 1}" if same else name)
+    return names
+
+
+def _on(rows: Mapping[Site, torch.Tensor], device: torch.device) -> dict[Site, torch.Tensor]:
+    return {site: x.to(device) for site, x in rows.items()}
+
+
+def _shared(configs: Sequence[TrainConfig]) -> TrainConfig:
+    """The first config; raises InputError when the others disagree with it on what a pass shares."""
+    if not configs:
+        raise InputError("no dictionary was asked for; give at least one TrainConfig.")
+    shared = {(c.steps, c.batch_size, c.calibration_rows) for c in configs}
+    if len(shared) > 1:
+        raise InputError(
+            "the configs of one pass must agree on steps, batch_size and calibration_rows;"
+            f" these have {sorted(shared)}: train them in separate calls."
+        )
+    return configs[0]
+
+
+def _described(run: _Pass) -> list[dict[str, Any]]:
+    return [{"class": type(config).__name__, **config.as_dict()} for config in run.configs]
+
+
+def _resume(run: _Pass) -> None:
+    """Go on where the checkpoint is, if there is one."""
+    if run.keep is None:
+        return
+    found = checkpoint.load(run.keep.checkpoint, _described(run))
+    step = 0 if found is None else found.step
+    for log in run.logs:
+        log.rewind(step)
+    if found is None:
+        return
+    run.step, run.seconds, run.results = found.step, found.seconds, [(a, b, c) for a, b, c in found.last]
+    run.reader.seek(found.position)
+    for learner, state in zip(run.learners, found.learners, strict=True):
+        learner.load_state_dict(state)
+    _log.info("going on from step %d of %d", run.step, run.total)
+
+
+def _go(run: _Pass, stop: Stop) -> None:
+    """All updates that are left."""
+    keep = run.keep
+    while run.step < run.total:
+        batch = {site: x.to(run.device, torch.float32) for site, x in next(run.reader).items()}
+        results = [learner.update(batch, run.step) for learner in run.learners]
+        run.step += 1
+        is_last = run.step == run.total
+        if run.step % run.report_every == 0 or is_last or stop.signal is not None:
+            _report(run, results, quiet=run.step % run.report_every != 0 and not is_last)
+        if keep is None:
+            continue
+        if keep.evaluate_every and run.step % keep.evaluate_every == 0 and not is_last:
+            _evaluate(run)
+        if run.step % keep.every == 0 or is_last or _anyone(run.mesh, stop):
+            _save(run, keep)
+        stop.obey()
+
+
+def _anyone(mesh: Mesh, stop: Stop) -> bool:
+    """Whether a signal reached this or another process; all of them then stop at the same step."""
+    if mesh.latents * mesh.data > 1:
+        stop.signal = mesh.highest(stop.signal or 0) or None
+    return stop.signal is not None
+
+
+def _report(run: _Pass, results: Sequence[StepResult], *, quiet: bool) -> None:
+    run.results = [(r.loss.item(), r.fvu.item(), r.l0.item()) for r in results]
+    for config, (loss, _, _) in zip(run.configs, run.results, strict=True):
+        if not abs(loss) < float("inf"):
+            raise InputError(
+                f"training at {config.site} diverged: the loss is {loss} after {run.step} steps; lower"
+                " learning_rate, or look for NaN in the activations."
+            )
+    if quiet:
+        return
+    for log in run.logs:
+        pairs = zip(run.names, run.results, strict=True)
+        log.write(run.step, {name: dict(zip(("loss", "fvu", "l0"), r, strict=True)) for name, r in pairs})
+    if run.progress is not None:
+        loss, fvu, l0 = (tuple(r[i] for r in run.results) for i in range(3))
+        rate = run.step * run.configs[0].batch_size / max(run.elapsed, 1e-9)
+        said = [f"{n}: {w}" for n, learner in zip(run.names, run.learners, strict=True) for w in learner.warnings()]
+        run.progress(Progress(run.step, run.total, loss, fvu, l0, rate, run.configs[0].batch_size, tuple(said)))
+
+
+def _evaluate(run: _Pass) -> None:
+    """The held-out measures of every dictionary as it stands, into the logs."""
+    if run.evaluate is None:
+        return
+    measured = {trained.name: {"evaluation": trained.evaluation} for trained in _finished(run, run.evaluate)}
+    for log in run.logs:
+        log.write(run.step, measured)
+
+
+def _save(run: _Pass, keep: Keeping) -> None:
+    states = [learner.state_dict() for learner in run.learners]
+    exported = _finished(run, None) if keep.export is not None else []
+    if run.mesh.is_first:
+        position, described = run.reader.position(), _described(run)
+        state = Checkpoint(run.step, described, position, states, run.elapsed, [list(r) for r in run.results])
+        checkpoint.save(keep.checkpoint, state)
+        if keep.export is not None:
+            keep.export(run.step, exported)
+    run.mesh.wait()
+
+
+def _finished(run: _Pass, evaluate: Evaluate | None) -> list[Trained]:
     return [
-        _finish(learner, {site: x.to(device) for site, x in calibration.items()}, result, data.rows, seconds, evaluate)
-        for learner, result in zip(state.learners, results, strict=True)
+        _finish(run, learner, name, result, evaluate)
+        for learner, name, result in zip(run.learners, run.names, run.results, strict=True)
     ]
 
 
-def _shared(configs: Sequence[TrainConfig]) -> tuple[int, int, int, int]:
-    """What all configs of a pass must agree on."""
-    if not configs:
-        raise InputError("no dictionary was asked for; give at least one TrainConfig.")
-    shared = {(c.steps, c.batch_size, c.seed, c.calibration_rows) for c in configs}
-    if len(shared) > 1:
-        raise InputError(
-            "the configs of one pass must agree on steps, batch_size, seed and calibration_rows;"
-            f" these have {sorted(shared)}: train them in separate calls."
-        )
-    return shared.pop()
-
-
-def _learners(
-    configs: Sequence[TrainConfig],
-    calibration: Mapping[Site, Float[Tensor, "rows width"]],
-    device: torch.device,
-) -> list[Learner]:
-    rows = {site: x.to(device) for site, x in calibration.items()}
-    return [SingleLayerLearner(config, rows) for config in configs]
-
-
-def _report(state: TrainerState, total: int, results: Sequence[StepResult], rate: float) -> Progress:
-    loss = tuple(result.loss.item() for result in results)
-    for learner, value in zip(state.learners, loss, strict=True):
-        if not abs(value) < float("inf"):
-            raise InputError(
-                f"training at {learner.config.site} diverged: the loss is {value} after {state.step} steps; lower"
-                " learning_rate, or look for NaN in the activations."
-            )
-    fvu, l0 = tuple(r.fvu.item() for r in results), tuple(r.l0.item() for r in results)
-    return Progress(state.step, total, loss, fvu, l0, rate)
-
-
 def _finish(
-    learner: Learner,
-    calibration: Rows,
-    last: StepResult,
-    data_rows: int,
-    seconds: float,
-    evaluate: Evaluate | None,
+    run: _Pass, learner: Learner, name: str, last: tuple[float, float, float], evaluate: Evaluate | None
 ) -> Trained:
     config = learner.config
-    dictionary, numbers = learner.finished(calibration)
+    dictionary, numbers = learner.finished(run.calibration)
     summary = TrainSummary(
         config=config,
-        rows=config.steps * config.batch_size,
-        epochs=config.steps * config.batch_size / data_rows,
-        seconds=seconds,
+        rows=run.step * config.batch_size,
+        epochs=run.step * config.batch_size / run.rows,
+        seconds=run.elapsed,
         scale=numbers["scale_in"],
         bandwidth=numbers["bandwidth"],
         threshold_factor=numbers["threshold_factor"],
-        loss=last.loss.item(),
-        fvu=last.fvu.item(),
-        l0=last.l0.item(),
+        loss=last[0],
+        fvu=last[1],
+        l0=last[2],
+        l0_finished=numbers["l0"],
         dead_fraction=numbers["dead_fraction"],
     )
-    _log.info(
-        "%s: L0 %.1f, FVU %.3f, thresholds x %.3f", config.site, summary.l0, summary.fvu, summary.threshold_factor
-    )
-    assert isinstance(dictionary, SAE)
-    return Trained(config, dictionary.cpu(), summary, evaluate(config.site, dictionary) if evaluate else None)
+    _log.info("%s: L0 %.1f, FVU %.3f, thresholds x %.3f", name, summary.l0, summary.fvu, summary.threshold_factor)
+    measured = evaluate(config, dictionary) if evaluate is not None and run.mesh.is_first else None
+    return Trained(config, cast(AnyDictionary, dictionary.cpu()), summary, measured, name)

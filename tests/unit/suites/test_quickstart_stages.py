@@ -24,7 +24,13 @@ def model():
 
 
 def run(model, folder, config=CONFIG):
-    """Build and say which stages worked (True) and which were kept (False)."""
+    """Build and say which stages of the headline worked (True) and which were kept (False)."""
+    suite, worked = run_all(model, folder, config)
+    return suite, {stage: new for stage, new in worked.items() if not stage.endswith(" more")}
+
+
+def run_all(model, folder, config=CONFIG):
+    """The same, with the stages of the other kinds."""
     worked = {}
     suite = quickstart("tiny", folder, config, report=lambda p: worked.__setitem__(p.stage, not p.reused), gemma=model)
     return suite, worked
@@ -58,6 +64,30 @@ def test_a_suite_holds_a_dictionary_and_its_measures_for_every_layer(built, mode
         assert evaluation.concepts is not None
     assert opened.about["config"]["tokens"] == 2500
     assert opened.about["weights_sha256"] == weights_hash(model)
+
+
+def test_a_suite_holds_one_of_every_other_kind_and_remakes_only_those(built, copy, model):
+    suite, _ = built
+    kinds = [suite.other(name).config.kind for name in suite.others]
+    assert kinds == ["sae", "sae", "transcoder", "skip_transcoder", "clt", "crosscoder"]
+    for name in suite.others:
+        loaded = suite.other(name)
+        measured = loaded.config.extra["evaluation"]
+        assert measured["l0"] > 0
+        assert measured["loss"]["predictions"] > 0
+        assert not loaded.warnings
+    weights = suite.other(suite.others[-1]).dictionary.W_enc[0]
+    shutil.rmtree(copy / "others" / suite.others[0])
+    again, worked = run_all(model, copy)
+    assert worked == {
+        "train": False,
+        "evaluate": False,
+        "harvest more": True,
+        "train more": True,
+    }
+    assert torch.equal(again.other(suite.others[-1]).dictionary.W_enc[0], weights)
+    with pytest.raises(InputError, match="its others are"):
+        again.other("nothing")
 
 
 def test_a_second_run_keeps_everything(copy, model):

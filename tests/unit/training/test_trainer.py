@@ -15,7 +15,7 @@ from gemscope.artifacts.config import DictionaryConfig
 from gemscope.core.errors import InputError
 from gemscope.core.provenance import collect
 from gemscope.core.sites import Site
-from gemscope.dictionaries.sae import SAE
+from gemscope.dictionaries.base import Dictionary
 from gemscope.training.config import TrainConfig
 from gemscope.training.trainer import Progress, Trained, train
 from unit.training.worlds import OTHER, SITE, MemorySource, superposition
@@ -65,7 +65,7 @@ def test_latents_beyond_the_features_are_the_only_dead_ones(trained: Trained) ->
     assert alive >= 64
 
 
-def _bits(sae: SAE) -> dict[str, torch.Tensor]:
+def _bits(sae: Dictionary) -> dict[str, torch.Tensor]:
     return dict(sae.named_parameters())
 
 
@@ -99,8 +99,8 @@ def test_progress_and_evaluation_and_summary(source: MemorySource) -> None:
     seen: list[Progress] = []
     evaluated: list[tuple[Site, int]] = []
 
-    def evaluate(site: Site, sae: SAE) -> dict[str, Any]:
-        evaluated.append((site, sae.d_sae))
+    def evaluate(config: TrainConfig, sae: Dictionary) -> dict[str, Any]:
+        evaluated.append((config.site, sae.d_sae))
         return {"l0": 3}
 
     config = dataclasses.replace(QUICK, steps=45)

@@ -1,0 +1,91 @@
+"""gemscope train: sweeps, going on, finetuning, plans and recipes, from the command line."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemscope.activations.sets import ActivationSet
+from gemscope.artifacts import native
+from gemscope.core.sites import Site
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+QUICK = ("--steps", "6", "--batch-size", "64", "--held-out", "0.2")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 rows of three layers."""
+    g = torch.Generator().manual_seed(0)
+    sources = (torch.rand(600, 20, generator=g) < 0.2).float()
+    sites = [Site(name, layer) for name in ("resid_post", "mlp_in", "mlp_out") for layer in range(3)]
+    data = {site: sources @ torch.randn(20, 12, generator=g) + 1.0 for site in sites}
+    doc = torch.arange(600) // 20
+    folder = tmp_path_factory.mktemp("rows") / "set"
+    ActivationSet(data, doc, torch.arange(600) % 20, torch.zeros(600, dtype=torch.long), {"model": "toy"}).save(folder)
+    return folder
+
+
+def test_a_sweep_and_going_on(gemscope: Command, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    words = (
+        "train",
+        str(rows),
+        "--site",
+        "resid_post.1",
+        "--latents",
+        "16",
+        "--l0",
+        "2",
+        "--l0",
+        "4",
+        "--out",
+        str(out),
+    )
+    done = gemscope(*words, *QUICK, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "held-out tokens" in done.stdout
+    assert {p.name for p in (out / "dictionaries").iterdir()} == {
+        "sae.resid_post.1.w16.l0_2",
+        "sae.resid_post.1.w16.l0_4",
+    }
+    loaded = native.load(out / "dictionaries" / "sae.resid_post.1.w16.l0_4")
+    assert (loaded.config.model, loaded.config.l0, loaded.config.extra["step"]) == ("toy", 4.0, 6)
+    assert "l0" in loaded.config.extra["evaluation"]
+    assert len(json.loads((out / "report.json").read_text())["points"]) == 2
+    again = gemscope(*words, *QUICK, "--learning-rate", "0.1", timeout=600)
+    assert again.returncode == 2
+    assert "another configuration" in again.stderr
+
+
+def test_a_clt_and_finetuning_it(gemscope: Command, rows: Path, tmp_path: Path) -> None:
+    out, tuned = tmp_path / "clt", tmp_path / "tuned"
+    many = ("--kind", "clt", "--latents", "16", "--l0", "6", "--skip", "--out", str(out))
+    assert gemscope("train", str(rows), *many, *QUICK, timeout=600).returncode == 0
+    (folder,) = (out / "dictionaries").iterdir()
+    loaded = native.load(folder)
+    assert (loaded.config.kind, len(loaded.config.reads)) == ("clt", 3)
+    done = gemscope(
+        "train", str(rows), "--from", str(folder), "--freeze", "W_dec", "--out", str(tuned), *QUICK, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_plans_recipes_and_mistakes(gemscope: Command, rows: Path) -> None:
+    plan = gemscope("train", str(rows), "--kind", "clt", "--latents", "64", "--plan", timeout=600)
+    assert plan.returncode == 0
+    assert "it fits" in plan.stdout
+    shown = gemscope("train", "--recipe", "gemma_scope_2", "--model", "gemma-3-270m-it", "--list", timeout=600)
+    assert "574 dictionaries" in shown.stdout
+    for words, said in (
+        (("train",), "no rows were given"),
+        (("train", str(rows), "--kind", "clt", "--layers", "a,b"), "whole numbers"),
+        (("train", "--recipe", "nothing", "--model", "m", "--list"), "no recipe"),
+    ):
+        done = gemscope(*words, timeout=600)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,235 @@
+"""Learners over several layers: gradients against float64 autograd, folding, resume, target L0, selection."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from gemscope.core.errors import InputError
+from gemscope.core.sites import Site
+from gemscope.dictionaries.activations import jump_relu, step
+from gemscope.training.multilayer import MultiLayerConfig, MultiLayerLearner
+
+N, D, D_OUT, F, B = 3, 10, 8, 12, 40
+READS = [Site("mlp_in", i) for i in range(N)]
+WRITES = [Site("mlp_out", i) for i in range(N)]
+
+
+def rows(count: int = 600, seed: int = 0) -> dict[Site, torch.Tensor]:
+    """Correlated activations of a fake model: later layers keep what earlier ones had, sizes differ."""
+    g = torch.Generator().manual_seed(seed)
+    fixed = torch.Generator().manual_seed(77)
+    sources = (torch.rand(count, 20, generator=g) < 0.15) * (0.5 + torch.rand(count, 20, generator=g))
+    found: dict[Site, torch.Tensor] = {}
+    for i in range(N):
+        found[READS[i]] = (sources @ torch.randn(20, D, generator=fixed) + 1.0) * (i + 1.0)
+        found[WRITES[i]] = (sources @ torch.randn(20, D_OUT, generator=fixed) - 0.5) * (3.0 - i)
+    return found
+
+
+def config(**change: Any) -> MultiLayerConfig:
+    given: dict[str, Any] = {
+        "site": READS[0],
+        "target_site": WRITES[0],
+        "kind": "clt",
+        "layers": tuple(range(N)),
+        "d_sae": F,
+        "target_l0": 5.0,
+        "steps": 30,
+        "batch_size": B,
+        "calibration_rows": 600,
+        "dead_after_rows": 100,
+        "sparsity_warmup": 0.0,
+    }
+    return MultiLayerConfig(**{**given, **change})
+
+
+def double(learner: MultiLayerLearner) -> None:
+    learner.weights = {name: t.double() for name, t in learner.weights.items()}
+
+
+def dense_loss(learner: MultiLayerLearner, W: dict[str, torch.Tensor], x: Any, y: Any, dead: torch.Tensor, done: int):
+    """The objective as the docstring has it, every matrix dense."""
+    terms, cfg = learner._terms(done), learner.config
+    pre = [x[i] @ W[f"W_enc.{i}"].T + W[f"b_enc.{i}"] for i in range(N)]
+    theta = [W[f"threshold.{i}"] for i in range(N)]
+    acts = [jump_relu(p, t, terms.bandwidth) for p, t in zip(pre, theta, strict=True)]
+    gates = [step(p, t, terms.bandwidth) for p, t in zip(pre, theta, strict=True)]
+    loss = torch.zeros((), dtype=torch.float64)
+    for m in range(N):
+        nested = []
+        for p in [*cfg.prefixes, F]:
+            recon = W[f"b_dec.{m}"]
+            if cfg.has_skip:
+                recon = recon + x[m] @ W[f"W_skip.{m}"]
+            for source in range(m + 1):
+                table = W[f"W_dec.{source}"] if cfg.tied else W[f"W_dec.{source}.{m}"]
+                recon = recon + acts[source][:, :p] @ table[:p]
+            nested.append((recon - y[m]).square().sum(1).mean())
+        loss = loss + torch.stack(nested).mean()
+    l0 = sum(gate.sum(1) for gate in gates)
+    loss = loss + terms.sparsity * 2 / terms.target_l0 * (l0 - terms.target_l0).square().mean()
+    for i in range(N):
+        p = gates[i].mean(0)
+        loss = loss + terms.frequency * (p * (1 + p / terms.frequency_scale)).sum()
+        gap = (theta[i] - pre[i]).relu()[:, dead[i * F : (i + 1) * F]]
+        loss = loss + terms.dead * gap.sum() / B
+    return loss
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tied": True},
+        {"skip": True, "prefixes": (3, 7)},
+        {"tied": True, "prefixes": (5,), "frequency_weight": 0.2},
+        {"frequency_weight": 0.3, "dead_weight": 0.7, "skip": True},
+    ],
+)
+def test_gradients_agree_with_float64_autograd(change: dict[str, Any]) -> None:
+    cfg, data = config(**change), rows()
+    learner = MultiLayerLearner(cfg, data)
+    for done in range(6):  # somewhere that is not the start
+        learner.update({s: v[done * B : (done + 1) * B] for s, v in data.items()}, done)
+    double(learner)
+    learner.idle_rows[:] = torch.arange(N * F) % 4 * 90
+    batch = {site: v[300 : 300 + B] for site, v in data.items()}
+    x = [t.double() for t in learner._inputs(batch)]
+    y = [batch[site].double() / m.scale for site, m in zip(WRITES, learner.write, strict=True)]
+    W = {name: t.clone().requires_grad_() for name, t in learner.weights.items()}
+    found: dict[str, torch.Tensor] = {}
+    result = learner.backward(x, y, 6, lambda name, grad: found.__setitem__(name, grad))
+    loss = dense_loss(learner, W, x, y, learner.idle_rows > cfg.dead_after_rows, 6)
+    loss.backward()
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-9)
+    assert found.keys() == W.keys()
+    for name, weight in W.items():
+        assert weight.grad is not None
+        error = (found[name] - weight.grad).norm() / weight.grad.norm()
+        assert error < 1e-6, (name, error)
+
+
+@pytest.mark.parametrize("kind", ["clt", "crosscoder"])
+@pytest.mark.parametrize("activation", ["jumprelu", "topk", "batchtopk"])
+def test_what_is_exported_applies_to_raw_activations(kind: str, activation: str) -> None:
+    more: dict[str, Any] = {"kind": kind, "activation": activation}
+    if kind == "crosscoder":
+        more |= {"target_site": None}
+    else:
+        more |= {"skip": True}
+    cfg, data = config(**more), rows()
+    learner = MultiLayerLearner(cfg, data)
+    for done in range(10):
+        learner.update({s: v[done * B : (done + 1) * B] for s, v in data.items()}, done)
+    raw, _ = learner.finished(data)
+    W, x = learner.weights, learner._inputs(data)
+    if activation == "jumprelu":  # undo the calibration: what is compared is the folding
+        factor = learner.finished(data)[1]["threshold_factor"]
+        theta = [W[f"threshold.{i}"] * factor for i in range(N)]
+    else:
+        factor = learner.finished(data)[1]["threshold_factor"]
+        theta = [torch.full((F,), learner.level * factor)] * N
+    pre = torch.stack([x[i] @ W[f"W_enc.{i}"].T + W[f"b_enc.{i}"] for i in range(N)], 1)
+    if activation == "topk":
+        flat = pre.relu().flatten(1)
+        smallest = flat.topk(5, dim=1)[0][:, -1:]
+        acts = (flat * (flat >= smallest)).view_as(pre)
+    else:
+        acts = torch.where(pre > torch.stack(theta), pre, 0.0)
+    raw_out = raw(torch.stack([data[s] for s in cfg.reads], 1))
+    for m in range(N):
+        out = W[f"b_dec.{m}"] + sum(acts[:, i] @ W[f"W_dec.{i}.{m}"] for i in range(m + 1))
+        if cfg.has_skip:
+            out = out + x[m] @ W[f"W_skip.{m}"]
+        close = (raw_out[:, m] - out * learner.write[m].scale).abs().amax(1) < 1e-3
+        assert close.float().mean() > 0.99  # a pre-activation within rounding of its threshold may fall either way
+    assert [b.shape for b in raw.b_dec] == [(D if kind == "crosscoder" else D_OUT,)] * N
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "topk", "batchtopk"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_state_goes_on_bit_for_bit(activation: str, moments: str) -> None:
+    cfg, data = config(activation=activation, moments=moments), rows()
+
+    def batch(done: int) -> dict[Site, torch.Tensor]:
+        return {s: v[done * B : (done + 1) * B] for s, v in data.items()}
+
+    one = MultiLayerLearner(cfg, data)
+    for done in range(5):
+        one.update(batch(done), done)
+    state = {k: v for k, v in one.state_dict().items()}
+    state["weights"] = {k: v.clone() for k, v in state["weights"].items()}
+    state["adam"] = {"steps": 5, "squares": {k: v.clone() for k, v in state["adam"]["squares"].items()}}
+    state["idle_rows"] = state["idle_rows"].clone()
+    losses = [one.update(batch(done), done).loss.item() for done in range(5, 10)]
+    other = MultiLayerLearner(cfg, data)
+    other.load_state_dict(state)
+    assert [other.update(batch(done), done).loss.item() for done in range(5, 10)] == losses
+    assert all(torch.equal(one.weights[k], other.weights[k]) for k in one.weights)
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "topk", "batchtopk"])
+def test_the_error_falls_and_the_joint_l0_is_the_target(activation: str) -> None:
+    data = rows(4000)
+    cfg = config(activation=activation, d_sae=24, steps=200, batch_size=256, target_l0=6.0, prefixes=(12,))
+    learner = MultiLayerLearner(cfg, data)
+    fvu = []
+    for done in range(200):
+        at = torch.randint(0, 4000, (256,), generator=torch.Generator().manual_seed(done))
+        fvu.append(learner.update({s: v[at] for s, v in data.items()}, done).fvu.item())
+    dictionary, numbers = learner.finished(data)
+    assert sum(fvu[-20:]) / 20 < 0.65 < fvu[0]
+    fresh = rows(4000, seed=5)
+    x = torch.stack([fresh[s] for s in READS], 1)
+    l0 = (dictionary.encode(x) > 0).sum((1, 2)).float().mean().item()
+    assert l0 == pytest.approx(6.0, rel=0.05)
+    assert numbers["l0"] == pytest.approx(6.0, rel=0.02)
+    for layer in range(N):
+        norms = sum(learner.weights[f"W_dec.{layer}.{m}"].square().sum(1) for m in range(layer, N))
+        torch.testing.assert_close(norms, torch.ones(24))
+
+
+def test_one_layer_is_an_sae_or_a_transcoder() -> None:
+    data = rows()
+    for kind, target in (("sae", None), ("transcoder", WRITES[1]), ("skip_transcoder", WRITES[1])):
+        cfg = config(kind=kind, site=READS[1], target_site=target, layers=(), target_l0=3.0)
+        learner = MultiLayerLearner(cfg, data)
+        first = learner.update({s: v[:B] for s, v in data.items()}, 0).loss.item()
+        dictionary, _ = learner.finished(data)
+        assert dictionary.kind == kind
+        assert first > 0
+        again = MultiLayerLearner(cfg, data, start=dictionary)
+        recon = learner.finished(data)[0](data[READS[1]])
+        torch.testing.assert_close(again.finished(data)[0](data[READS[1]]), recon, rtol=1e-3, atol=1e-3)
+
+
+def test_frozen_weights_stay() -> None:
+    data = rows()
+    learner = MultiLayerLearner(config(frozen=("W_dec", "b_dec")), data)
+    before = {k: v.clone() for k, v in learner.weights.items()}
+    learner.update({s: v[:B] for s, v in data.items()}, 0)
+    same = {k.split(".")[0] for k, v in learner.weights.items() if torch.equal(v, before[k])}
+    assert same == {"W_dec", "b_dec"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": "tanh"}, "quadratic"),
+        ({"beta1": 0.9}, "beta1"),
+        ({"kind": "crosscoder", "target_site": None, "skip": True}, "skip"),
+        ({"layers": (0,)}, "two or more layers"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config(**change)
+
+
+def test_a_dictionary_of_another_size_is_no_start() -> None:
+    data = rows()
+    dictionary, _ = MultiLayerLearner(config(), data).finished(data)
+    with pytest.raises(InputError, match="same kind and size"):
+        MultiLayerLearner(dataclasses.replace(config(), d_sae=16), data, start=dictionary)
