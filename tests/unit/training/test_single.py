@@ -443,8 +443,8 @@ def test_a_steered_weight_reaches_the_target_and_a_stuck_one_is_reported() -> No
         learner.update({SITE: x[done % 80 * 250 : (done % 80 + 1) * 250]}, done)
     assert learner.control.mean == pytest.approx(4.0, rel=0.25)
     assert learner.warnings() == ()
-    assert learner.control.log_ratio != 0
-    learner.control.mean = 40.0
+    assert learner.control.knob != 0
+    learner.control.mean, learner.control.log_ratio = 40.0, math.log(10)
     assert "L0 is 40.0 where 4 was asked for" in learner.warnings()[0]
-    learner.control.log_ratio = math.log(1e4)
+    learner.control.knob = math.log(1e4)
     assert "reached its end" in learner.warnings()[0]
