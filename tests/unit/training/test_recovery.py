@@ -85,7 +85,7 @@ def test_a_transcoder_beats_the_best_linear_map(kind: Any) -> None:
 
     y, wanted = answer(x), answer(held_out)
     steps = 1000
-    config = TrainConfig(SITE, d_sae=128, target_l0=8, steps=steps, batch_size=512, kind=kind, target_site=OTHER)
+    config = TrainConfig(SITE, d_sae=128, target_l0=8.0, steps=steps, batch_size=512, kind=kind, target_site=OTHER)
     dictionary, numbers = _train(config, {SITE: x, OTHER: y})
     one = torch.ones(len(x), 1)
     linear = torch.linalg.lstsq(torch.cat([x, one], 1), y).solution
