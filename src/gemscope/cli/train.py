@@ -57,20 +57,15 @@ def train(
 
     Ctrl-C saves: the same command again goes on where it was.
     """
-    from gemscope.core.errors import InputError
-
     if show:
         _show_recipe(recipe, model, only or ())
         return
-    if rows is None:
-        raise InputError("no rows were given; harvest some first: gemscope harvest MODEL ..., or gemscope quickstart.")
-    given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-    given = {name: value for name, value in given.items() if value is not None}
-    loaded = None
+    rows = _given_rows(rows)
+    given = _given(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    loaded = None if artefact is None else _loaded(artefact)
     if recipe is not None:
         configs = [entry.config for entry in _entries(recipe, model, only or ())]
-    elif artefact is not None:
-        loaded = _loaded(artefact)
+    elif loaded is not None:
         configs = [_finetuning(loaded, l0, tuple(freeze or ()), given)]
     else:
         options = {"kind": kind, "target": target, "layers": layers, "activation": activation, "prefixes": prefixes}
@@ -79,9 +74,22 @@ def train(
         configs = _sweep(rows, site or [], options, flags, axes, {**given, "frozen": tuple(freeze or ())})
     if plan:
         _show_plan(rows, configs)
-        return
-    logs = {"tensorboard": tensorboard, "wandb": wandb, "every": checkpoint_every}
-    _run(rows, out, configs, loaded, held_out, latent_shards, logs)
+    else:
+        logs = {"tensorboard": tensorboard, "wandb": wandb, "every": checkpoint_every}
+        _run(rows, out, configs, loaded, held_out, latent_shards, logs)
+
+
+def _given_rows(rows: Path | None) -> Path:
+    from gemscope.core.errors import InputError
+
+    if rows is None:
+        raise InputError("no rows were given; harvest some first with gemscope harvest, or gemscope quickstart.")
+    return rows
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that the user set."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _sweep(

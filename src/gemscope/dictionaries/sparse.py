@@ -7,7 +7,7 @@ Notable:
 - everything behind it, decoding and all backward passes, touches only the entries of the ``Support``;
 - ``encode_above`` and ``decode_sparse`` are differentiable by ordinary autograd, so an objective is written as
   if the codes were dense;
-- the three products below are stock torch, and run on CPU and CUDA.
+- the three products below are stock torch on a CPU, and Triton kernels on CUDA where Triton is installed.
 """
 
 import warnings
@@ -22,6 +22,7 @@ from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 
 from gemscope.core.arrays import Bool, Float, Int, Tensor
+from gemscope.dictionaries import triton_kernels
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -73,6 +74,18 @@ def _offsets(index: Tensor, size: int) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
+def bag(
+    index: Int[Tensor, " entries"],
+    table: Float[Tensor, "m d"],
+    offsets: Int[Tensor, " bags_plus_1"],
+    weights: Float[Tensor, " entries"],
+) -> Float[Tensor, "bags d"]:
+    """Row b is the sum of weights[i] * table[index[i]] over offsets[b] <= i < offsets[b + 1]."""
+    if table.is_cuda and triton_kernels.AVAILABLE:
+        return triton_kernels.bag(index, table, offsets, weights)
+    return embedding_bag(index, table, offsets[:-1], mode="sum", per_sample_weights=weights)
+
+
 def times_latents(
     support: Support, values: Float[Tensor, " entries"], table: Float[Tensor, "d_sae d"]
 ) -> Float[Tensor, "batch d"]:
@@ -80,8 +93,7 @@ def times_latents(
     if support.is_dense:
         parts = [part @ table for part, _ in _dense_blocks(support, values)]
         return torch.cat(parts)
-    offsets = support.row_offsets[:-1]
-    return embedding_bag(support.latents, table, offsets, mode="sum", per_sample_weights=values)
+    return bag(support.latents, table, support.row_offsets, values)
 
 
 def times_rows(
@@ -94,8 +106,7 @@ def times_rows(
             found.addmm_(part.T, table[start : start + len(part)])
         return found
     order, offsets = support.by_latent
-    rows, weights = support.rows.index_select(0, order), values.index_select(0, order)
-    return embedding_bag(rows, table, offsets[:-1], mode="sum", per_sample_weights=weights)
+    return bag(support.rows.index_select(0, order), table, offsets, values.index_select(0, order))
 
 
 def dots(
@@ -113,6 +124,8 @@ def dots(
             block = left[i * _DENSE_ROWS : (i + 1) * _DENSE_ROWS] @ right.T
             parts.append(block.view(-1).index_select(0, flat[a:b]))
         return torch.cat(parts)
+    if left.is_cuda and triton_kernels.AVAILABLE:
+        return triton_kernels.pair_dots(support.latents, support.row_offsets, left, right)
     order, offsets = support.by_latent
     rows = support.rows.index_select(0, order)
     size = (support.d_sae, support.batch)

@@ -1,7 +1,10 @@
 """Keeping the mean L0 where it was asked for.
 
-A quadratic penalty has the target built in and needs only watching. The others know no target: their weight is the
-knob, and this turns it, in equal ratios per step, towards the L0 that was asked for.
+Beside a quadratic penalty, which shapes how the L0 is shared among latents and rows, all thresholds are multiplied
+by a common factor after every update: as a latent's frequency falls several times faster than its threshold rises,
+the mean L0 follows its target within some tens of steps, whatever else pulls at it (a penalty alone moves thresholds
+no faster than their learning rate, however large its weight). The other penalties know no target: there the knob is
+their weight, turned in equal ratios.
 """
 
 import math
@@ -11,63 +14,69 @@ from typing import Any
 from gemscope.training.config import TrainConfig
 
 _MEMORY = 0.98
-"""Of the running mean of the L0, per step."""
-_GAIN = 0.02
-"""How far the logarithm of the weight moves per step and per unit of the L0's log ratio to its target."""
+"""Of the running mean of the L0 and its ratio to the target, per step."""
+_THRESHOLDS = 0.01
+"""How far the logarithm of all thresholds moves per step and per unit of the L0's log ratio to its target."""
+_WEIGHT = 0.02
+"""How far that of the weight moves."""
 _REACH = math.log(1e4)
-"""How far it may move from its first value."""
-_OFF = 1.25
+"""How far the weight may move from its first value."""
+_OFF = 1.1
 """Ratio to the target from which the L0 counts as missed."""
 
 
 class L0Control:
-    """The weight of the sparsity penalty, and what the L0 does."""
+    """The weight of the sparsity penalty, the factor on all thresholds, and what the L0 does."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.log_ratio = 0.0
+        self.steers_weight = config.penalised and config.sparsity != "quadratic"
+        self.knob = 0.0
         """The weight over its first value, as a logarithm."""
         self.mean = 0.0
         """Running mean of the L0."""
+        self.log_ratio = 0.0
+        """Running mean of the logarithm of the L0 over its target, which moves while it is annealed."""
         self.done = 0
-
-    @property
-    def steers(self) -> bool:
-        """Whether the weight moves."""
-        return self.config.penalised and self.config.sparsity != "quadratic"
 
     @property
     def weight(self) -> float:
         """Of the penalty, in spreads."""
-        return self.config.sparsity_weight * math.exp(self.log_ratio)
+        return self.config.sparsity_weight * math.exp(self.knob)
 
-    def observe(self, l0: float, target: float, done: int) -> None:
-        """Take in the L0 of one batch."""
-        self.mean = l0 if self.done == 0 else _MEMORY * self.mean + (1 - _MEMORY) * l0
+    def observe(self, l0: float, target: float, done: int) -> float:
+        """Take in the L0 of one batch; what to multiply all thresholds by."""
+        ratio = math.log(max(l0, 1e-3) / target)
+        memory = _MEMORY if self.done else 0.0
+        self.mean = memory * self.mean + (1 - memory) * l0
+        self.log_ratio = memory * self.log_ratio + (1 - memory) * ratio
         self.done = done + 1
-        if self.steers:
-            off = math.log(max(self.mean, 1e-3) / target)
-            self.log_ratio = max(-_REACH, min(_REACH, self.log_ratio + _GAIN * max(-1.0, min(1.0, off))))
+        ratio = max(-1.0, min(1.0, ratio))
+        if not self.steers_weight:
+            return math.exp(_THRESHOLDS * ratio)
+        if done >= self.config.sparsity_warmup * self.config.steps:
+            self.knob = max(-_REACH, min(_REACH, self.knob + _WEIGHT * ratio))
+        return 1.0
 
     def warnings(self) -> tuple[str, ...]:
         """When the knob is at its end, or the L0 misses its target once the target stands still."""
         config = self.config
-        if not config.penalised or self.done < max(config.annealing, config.sparsity_warmup) * config.steps + 50:
+        if not config.penalised or self.done < max(config.annealing, config.sparsity_warmup) * config.steps + 100:
             return ()
-        ratio = max(self.mean, 1e-3) / config.target_l0
-        if 1 / _OFF < ratio < _OFF:
+        if abs(self.log_ratio) < math.log(_OFF):
             return ()
         at = f"{config.site}: L0 is {self.mean:.1f} where {config.target_l0:g} was asked for"
-        if abs(self.log_ratio) == _REACH:
+        if abs(self.knob) == _REACH:
             return (f"{at}, and the weight of the penalty has reached its end, {self.weight:.2g}; change target_l0.",)
-        if config.sparsity == "quadratic":
-            return (f"{at}; raise threshold_learning_rate or bandwidth, as a larger weight changes little under Adam.",)
-        return (f"{at}; the weight of the penalty is still moving, now {self.weight:.2g}: train longer.",)
+        if not self.steers_weight and self.log_ratio < 0:
+            return (f"{at}, although the thresholds were let down; so many latents are not positive: lower target_l0.",)
+        return (f"{at}; it is still moving: train longer.",)
 
     def state_dict(self) -> dict[str, float | int]:
         """Plain numbers."""
-        return {"log_ratio": self.log_ratio, "mean": self.mean, "done": self.done}
+        return {"knob": self.knob, "mean": self.mean, "log_ratio": self.log_ratio, "done": self.done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.log_ratio, self.mean, self.done = float(state["log_ratio"]), float(state["mean"]), int(state["done"])
+        self.knob, self.mean, self.log_ratio = (float(state[name]) for name in ("knob", "mean", "log_ratio"))
+        self.done = int(state["done"])

@@ -196,59 +196,71 @@ def _through_encoders(
     mesh: Mesh,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sparsity terms, and everything that reaches encoders and thresholds; the mean L0 and the terms."""
-    support, batch = codes.support, len(x[0])
-    rows = batch * mesh.data
-    l0 = mesh.sum_over_latents(support.per_row(codes.active.to(grad_acts.dtype)))
-    mean_l0 = mesh.sum_over_data(l0.sum() / rows)
-    named: dict[str, Tensor] = {}
-    grad_pre, grad_threshold = grad_acts * codes.active, None
-    if codes.threshold is not None:
-        off = l0 - terms.target_l0
-        named["sparsity"] = mesh.sum_over_data(terms.sparsity * (2 / terms.target_l0) * off.square().sum() / rows)
-        grad_step = (terms.sparsity * (4 / terms.target_l0) / rows * off)[support.rows]
-        if terms.frequency:
-            count = support.latents.bincount(codes.active.to(grad_acts.dtype), minlength=support.d_sae)
-            share = mesh.sum_over_data(count.to(grad_acts.dtype) / rows)
-            named["frequency"] = mesh.sum_over_latents(
-                terms.frequency * (share * (1 + share / terms.frequency_scale)).sum()
-            )
-            slope = terms.frequency * (1 + 2 * share / terms.frequency_scale) / rows
-            grad_step = grad_step + slope[support.latents]
-        window = in_window(codes.pre_acts, codes.threshold, terms.bandwidth) / terms.bandwidth
-        through = window * (codes.threshold * grad_acts + grad_step)
-        grad_threshold = -through
-        if terms.ste_to_input:
-            grad_pre = grad_pre + through
-    dead = codes.dead.view(layers.n, layers.d_sae)
-    drawn = codes.dead[support.latents] & (codes.pre_acts > codes.level[support.latents])
+    rows = len(x[0]) * mesh.data
+    mean_l0, grad_pre, grad_threshold, named = _sparsity(codes, grad_acts, terms, rows, mesh)
     if terms.dead:
-        gap = (codes.pre_acts - codes.level[support.latents]) * drawn
+        drawn = codes.dead[codes.support.latents] & (codes.pre_acts > codes.level[codes.support.latents])
+        gap = (codes.pre_acts - codes.level[codes.support.latents]) * drawn
         named["dead"] = mesh.sum_over_data(terms.dead * gap.sum() / rows)
         grad_pre = grad_pre + drawn * (terms.dead / rows)
         if grad_threshold is not None:
             grad_threshold = grad_threshold - drawn * (terms.dead / rows)
     for layer, part in enumerate(parts):
-        bias = _added(part, grad_pre, layers.d_sae)
-        weight = times_rows(part.flat, grad_pre[part.at], x[layer])
-        level = None if grad_threshold is None else _added(part, grad_threshold, layers.d_sae)
-        if terms.dead and bool(dead[layer].any()):
-            which = dead[layer].nonzero()[:, 0]
-            share = batch / rows
-            mean = x[layer].mean(0)
-            pre = layers.weights[f"W_enc.{layer}"][which] @ mean + layers.weights[f"b_enc.{layer}"][which]
-            gap = (codes.level.view(layers.n, -1)[layer][which] - pre).sum() * share
-            named["dead"] = named["dead"] + mesh.sum_over_data(terms.dead * gap)
-            weight[which] -= terms.dead * share * mean
-            bias[which] -= terms.dead * share
-            if level is not None:
-                level[which] += terms.dead * share
-        apply(f"W_enc.{layer}", weight)
-        apply(f"b_enc.{layer}", bias)
-        if level is not None:
-            apply(f"threshold.{layer}", level)
+        found = {
+            f"W_enc.{layer}": times_rows(part.flat, grad_pre[part.at], x[layer]),
+            f"b_enc.{layer}": _added(part, grad_pre, layers.d_sae),
+        }
+        if grad_threshold is not None:
+            found[f"threshold.{layer}"] = _added(part, grad_threshold, layers.d_sae)
+        if terms.dead:
+            named["dead"] = named["dead"] + _below(layers, layer, x[layer], codes, terms.dead / rows, found, mesh)
+        for name, gradient in found.items():
+            apply(name, gradient)
     if "dead" in named:
         named["dead"] = mesh.sum_over_latents(named["dead"])
     return mean_l0, named
+
+
+def _sparsity(
+    codes: Codes, grad_acts: Tensor, terms: Terms, rows: int, mesh: Mesh
+) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+    """The mean L0, the gradients at the entries' pre-activations and thresholds, and the terms."""
+    support, counted = codes.support, codes.active.to(grad_acts.dtype)
+    l0 = mesh.sum_over_latents(support.per_row(counted))
+    mean_l0 = mesh.sum_over_data(l0.sum() / rows)
+    named: dict[str, Tensor] = {}
+    grad_pre = grad_acts * codes.active
+    if codes.threshold is None:
+        return mean_l0, grad_pre, None, named
+    off = l0 - terms.target_l0
+    named["sparsity"] = mesh.sum_over_data(terms.sparsity * (2 / terms.target_l0) * off.square().sum() / rows)
+    grad_step = (terms.sparsity * (4 / terms.target_l0) / rows * off)[support.rows]
+    if terms.frequency:
+        share = mesh.sum_over_data(support.latents.bincount(counted, minlength=support.d_sae) / rows)
+        penalty = terms.frequency * (share * (1 + share / terms.frequency_scale)).sum()
+        named["frequency"] = mesh.sum_over_latents(penalty)
+        slope = terms.frequency * (1 + 2 * share / terms.frequency_scale) / rows
+        grad_step = grad_step + slope[support.latents]
+    window = in_window(codes.pre_acts, codes.threshold, terms.bandwidth) / terms.bandwidth
+    through = window * (codes.threshold * grad_acts + grad_step)
+    return mean_l0, grad_pre + through if terms.ste_to_input else grad_pre, -through, named
+
+
+def _below(
+    layers: Layers, layer: int, x: Tensor, codes: Codes, weight: float, found: Mapping[str, Tensor], mesh: Mesh
+) -> Tensor | float:
+    """The dead latents' term where it is linear, over all rows at once; adds its gradients to ``found``."""
+    which = codes.dead.view(layers.n, -1)[layer].nonzero()[:, 0]
+    if not len(which):
+        return 0.0
+    weight *= len(x)
+    mean = x.mean(0)
+    pre = layers.weights[f"W_enc.{layer}"][which] @ mean + layers.weights[f"b_enc.{layer}"][which]
+    found[f"W_enc.{layer}"][which] -= weight * mean
+    found[f"b_enc.{layer}"][which] -= weight
+    if (threshold := found.get(f"threshold.{layer}")) is not None:
+        threshold[which] += weight
+    return mesh.sum_over_data(weight * (codes.level.view(layers.n, -1)[layer][which] - pre).sum())
 
 
 def _added(part: _Part, values: Tensor, d_sae: int) -> Float[Tensor, " d_sae"]:

@@ -13,8 +13,8 @@ import torch
 from gemscope.core.arrays import Float, Tensor
 from gemscope.training.outer import OuterGradient
 
-BLOCK = 256
-"""Latents updated at a time."""
+BLOCK = {"cpu": 256}
+"""Latents updated at a time: few enough for a processor's cache; elsewhere all."""
 EPSILON = 1e-8
 
 
@@ -35,8 +35,9 @@ class TableAdam:
     def step(self, gradient: OuterGradient, rate: float) -> None:
         """One update."""
         self.steps += 1
-        for number, block in enumerate(gradient.blocks(BLOCK)):
-            part = slice(number * BLOCK, (number + 1) * BLOCK)
+        size = BLOCK.get(self.table.device.type, len(self.table))
+        for number, block in enumerate(gradient.blocks(size)):
+            part = slice(number * size, (number + 1) * size)
             table, second = self.table[part], self.second[part]
             first = None if self.first is None else self.first[part]
             self._update(table, block, first, second, rate)

@@ -12,10 +12,9 @@ from typing import Any, cast
 
 import torch
 from torch.autograd import Function
-from torch.nn.functional import embedding_bag
 
 from gemscope.core.arrays import Float, Tensor
-from gemscope.dictionaries.sparse import Support, dots, times_latents, times_rows
+from gemscope.dictionaries.sparse import Support, bag, dots, times_latents, times_rows
 
 
 @dataclass
@@ -72,9 +71,8 @@ class _Term:
             return None
         if self.whole is not None:
             return self.whole[start:stop]
-        offsets = self.offsets[start:stop] - first
-        rows, weights = self.rows[first:last], self.weights[first:last]
-        return embedding_bag(rows, self.table, offsets, mode="sum", per_sample_weights=weights)
+        offsets = self.offsets[start : stop + 1] - first
+        return bag(self.rows[first:last], self.table, offsets, self.weights[first:last])
 
 
 def _nonzero(support: Support, values: Tensor) -> tuple[Support, Tensor]:

@@ -142,10 +142,16 @@ class SingleLayerLearner:
                 tensor.grad = None
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if "threshold" in self.weights:
-            with torch.no_grad():
-                self.weights["threshold"].clamp_(min=0)
+        self._control(float(result.l0), done)
         return result
+
+    @torch.no_grad()
+    def _control(self, l0: float, done: int) -> None:
+        if not self.config.penalised:
+            return
+        factor = self.control.observe(l0, self._target(done), done)
+        if "threshold" in self.weights and "threshold" not in self.config.frozen:
+            self.weights["threshold"].mul_(factor).clamp_(min=0)
 
     def _rate_factor(self, done: int) -> float:
         config = self.config
@@ -175,8 +181,6 @@ class SingleLayerLearner:
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         l0 = codes.on.sum() / len(x)
-        if config.penalised:
-            self.control.observe(float(l0), self._target(done), done)
         parts = {name: term.detach() for name, term in terms.items()}
         return StepResult(loss.detach(), error.detach() / spread, l0, parts)
 

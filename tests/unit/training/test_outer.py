@@ -57,7 +57,7 @@ def test_encode_and_decode_give_every_gradient_of_the_dense_computation(seed: in
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 @pytest.mark.parametrize("unit", [False, True])
 def test_table_adam_is_torch_adam(beta1: float, unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer, "BLOCK", 5)
+    monkeypatch.setattr(optimizer, "BLOCK", {"cpu": 5})
     torch.manual_seed(0)
     table = torch.nn.functional.normalize(torch.randn(17, 4, dtype=torch.float64), dim=1)
     other = table.clone().requires_grad_()
