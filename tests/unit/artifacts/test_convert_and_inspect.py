@@ -140,9 +140,12 @@ def test_the_function_is_the_same_in_every_format(tmp_path, name, to):
     folder = source(tmp_path, name)
     done = convert(folder, tmp_path / "b", to)
     assert (done.source, done.target, done.written) == (name, to, 1)
-    x = makers.rows()
-    assert torch.equal(formats.load(tmp_path / "b").dictionary(x), formats.load_all(folder)[0].dictionary(x))
-    assert formats.load(tmp_path / "b").config.reads == formats.load_all(folder)[0].config.reads
+    there, here = formats.load(tmp_path / "b"), formats.load_all(folder)[0]
+    assert there.config.reads == here.config.reads
+    tensors = dict(here.dictionary.named_parameters())
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in there.dictionary.named_parameters())
+    x = makers.rows().double()  # in fp32 the last bit depends on how a tensor lies in memory
+    assert (there.dictionary.double()(x) - here.dictionary.double()(x)).abs().max() < 1e-12
 
 
 def test_a_set_becomes_a_folder_of_dictionaries_and_a_set_again(tmp_path):
