@@ -1,4 +1,6 @@
-"""Draw the pictures of the README from real output: run ``gemscope`` in 80 columns and save the terminal as SVG."""
+"""Draw the pictures of the docs from real output: run ``gemscope`` in 80 columns and save the terminal as SVG, or let
+it draw.
+"""
 
 import os
 import subprocess
@@ -26,6 +28,14 @@ def draw(name: str, *words: str) -> None:
         console.save_svg(str(HERE / "images" / f"{name}.svg"), title="gemscope", unique_id=name)
 
 
+def save(name: str, *words: str) -> None:
+    """Let one command write ``images/NAME.svg`` itself."""
+    out = str(HERE / "images" / f"{name}.svg")
+    command = [sys.executable, "-m", "gemscope.cli.main", *words, "--out", out]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+
+
 if __name__ == "__main__":
     draw("look", "look", "SCIENCE: Study of the chromosome surprises researchers in Daegu")
     draw("quickstart", "quickstart")
+    save("attend", "attend", "The capital of the country where Lyon lies is", "--edit", "Lyon=Osaka")

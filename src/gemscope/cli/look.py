@@ -5,12 +5,12 @@ columns.
 from collections.abc import Iterator
 from textwrap import wrap
 
-from rich.cells import cell_len, set_cell_size
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from gemscope.lens.lines import fit, pad
+from gemscope.models.pieces import shown
 from gemscope.models.tokens import END_OF_TURN, START_OF_TURN, Role
-from gemscope.suites.pieces import shown
 from gemscope.suites.reading import LatentReading, PositionReading, Reading
 
 _TOKEN, _LATENT, _ACT, _STRENGTH, _CONCEPT = 13, 6, 7, 6, 23
@@ -30,9 +30,9 @@ def _head(read: Reading, width: int) -> Iterator[Text]:
         lines = wrap(f"answer: {' '.join(read.answer.split()) or '(nothing)'}", width)
         yield from (Text(line, style="italic") for line in [*lines, ""])
     titles = (
-        _pad("token", _TOKEN)
+        pad("token", _TOKEN)
         + f"{'latent':>{_LATENT}}{'act':>{_ACT}}{'of max':>{_STRENGTH + 1}}  "
-        + _pad("concept", _CONCEPT)
+        + pad("concept", _CONCEPT)
         + "promotes"
     )
     yield Text(titles, style="dim", no_wrap=True)
@@ -51,7 +51,7 @@ def _body(read: Reading, width: int) -> Iterator[Text]:
 
 
 def _position(position: PositionReading, width: int) -> Iterator[Text]:
-    token = Text(_pad(shown(position.piece), _TOKEN), style="bold", no_wrap=True)
+    token = Text(pad(shown(position.piece), _TOKEN), style="bold", no_wrap=True)
     if not position.latents:
         yield token + Text(f"{'–':>{_LATENT}}  no latent is active", style="dim not bold")
     for number, latent in enumerate(position.latents):
@@ -65,25 +65,5 @@ def _latent(latent: LatentReading, width: int) -> Text:
     strength = "–" if latent.strength is None else f"{latent.strength:.0%}"
     numbers = f"{latent.latent:>{_LATENT}}{latent.activation:>{_ACT}.2f}{strength:>{_STRENGTH + 1}}  "
     text = Text(numbers, style="not bold")
-    text.append(_pad(name, _CONCEPT), style="dim not bold" if latent.concept is None else "cyan not bold")
-    return text.append(_fit(latent.promotes, space), style="dim not bold")
-
-
-def _pad(text: str, cells: int) -> str:
-    """``text`` in exactly ``cells`` terminal cells with at least one space at the end, cut with … when
-    longer.
-    """
-    if cell_len(text) >= cells:
-        text = set_cell_size(text, cells - 2).rstrip() + "…"
-    return set_cell_size(text, cells)
-
-
-def _fit(words: tuple[str, ...], cells: int) -> str:
-    """As many whole words as fit."""
-    line = ""
-    for word in words:
-        longer = f"{line} {word}" if line else word
-        if cell_len(longer) > cells:
-            break
-        line = longer
-    return line
+    text.append(pad(name, _CONCEPT), style="dim not bold" if latent.concept is None else "cyan not bold")
+    return text.append(fit(latent.promotes, space), style="dim not bold")

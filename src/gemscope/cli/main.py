@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from gemscope import __version__
-from gemscope.cli import artifacts, catalogue, store
+from gemscope.cli import artifacts, catalogue, lens, store
 from gemscope.cli.train import train
 from gemscope.core.errors import GemscopeError
 
@@ -204,6 +204,7 @@ def evaluate(
         out().print(evaluations(measured, target))
 
 
+lens.register(app)
 artifacts.register(app)
 app.command()(train)
 

@@ -12,9 +12,10 @@ from gemscope.core.sites import Site
 from gemscope.dictionaries.logit_effects import logit_effects
 from gemscope.dictionaries.sae import SAE
 from gemscope.evaluation.concepts import ConceptReport
+from gemscope.lens.trace import Microscope
 from gemscope.models.gemma import Gemma
+from gemscope.models.pieces import shown
 from gemscope.models.tokens import Tokens
-from gemscope.suites.pieces import shown
 from gemscope.suites.suite import Suite
 
 ANSWER_TOKENS = 64
@@ -91,9 +92,7 @@ def read(
     """
     tokens = gemma.tokens(text) if isinstance(text, str) else text
     site = suite.best_site() if layer is None else suite.site(layer)
-    dictionary, concepts = suite.dictionary(site), suite.evaluation(site).concepts
-    if dictionary.d_in != gemma.width(site):
-        raise InputError(f"the suite in {suite.folder} is of {suite.model}, not of {gemma.name}; give --suite another.")
+    dictionary, concepts = dictionary_for(gemma, suite, site), suite.evaluation(site).concepts
     content = tokens.content_mask.nonzero()[:, 0].cpu()
     x = gemma.capture(tokens, [site])[site][0].float().cpu()[content]
     acts = dictionary.encode(x)
@@ -130,6 +129,31 @@ def read_chat(
     room = max(1, min(ANSWER_TOKENS, gemma.shape.context - len(prompt)))
     (answer,) = gemma.generate(prompt, max_new_tokens=room)
     return read(gemma, suite, answer.tokens, layer=layer, top=top, promoted=promoted, answer=answer.text)
+
+
+def dictionary_for(gemma: Gemma, suite: Suite, site: Site) -> SAE:
+    """The suite's dictionary at a site; raises InputError when it is of another width than the model's."""
+    dictionary = suite.dictionary(site)
+    if dictionary.d_in != gemma.width(site):
+        raise InputError(f"the suite in {suite.folder} is of {suite.model}, not of {gemma.name}; give --suite another.")
+    return dictionary
+
+
+def microscopes(gemma: Gemma, suite: Suite) -> dict[int, Microscope]:
+    """The suite's dictionaries of the residual stream by layer, their latents named after concepts, for the lens.
+
+    Raises InputError when the suite is of another model.
+    """
+    found: dict[int, Microscope] = {}
+    for site in suite.sites:
+        if site.name != "resid_post" or site.layer is None:
+            continue
+        concepts = suite.evaluation(site).concepts
+        names = () if concepts is None else enumerate(concepts.latent_concept)
+        largest = None if concepts is None else torch.tensor(concepts.latent_max)
+        named = {latent: name.replace("_", " ") for latent, name in names if name is not None}
+        found[site.layer] = Microscope(dictionary_for(gemma, suite, site), named, largest)
+    return found
 
 
 def _latent(

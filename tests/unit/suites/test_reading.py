@@ -7,9 +7,9 @@ import torch
 
 from gemscope.core.errors import InputError
 from gemscope.models.gemma import Gemma
+from gemscope.models.pieces import shown
 from gemscope.models.tokens import Role
 from gemscope.suites import reading as module
-from gemscope.suites.pieces import shown
 from gemscope.suites.reading import read, read_chat
 from gemscope.suites.suite import Suite
 

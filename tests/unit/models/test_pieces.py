@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemscope.suites.pieces import shown
+from gemscope.models.pieces import shown
 
 
 @pytest.mark.parametrize(
