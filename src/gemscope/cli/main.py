@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from gemscope import __version__
-from gemscope.cli import artifacts, catalogue, lens, store
+from gemscope.cli import artifacts, benchmark, catalogue, lens, store
 from gemscope.cli.train import train
 from gemscope.core.errors import GemscopeError
 
@@ -206,6 +206,7 @@ def evaluate(
 
 lens.register(app)
 artifacts.register(app)
+benchmark.register(app)
 app.command()(train)
 
 

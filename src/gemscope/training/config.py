@@ -89,6 +89,8 @@ class TrainConfig:
     """Frequency at which that penalty turns from linear to quadratic."""
     first_l0_factor: float = 4.0
     """The target begins this many times higher: latents learn a direction before they have to be rare."""
+    first_k_factor: float = 1.0
+    """``batchtopk``: the same of its k."""
     annealing: float = 0.5
     """Share of the steps over which the target falls, in equal ratios, to ``target_l0``."""
     bandwidth: float = 0.5
@@ -135,8 +137,8 @@ class TrainConfig:
             raise InputError("d_sae, steps and batch_size must be at least 1, calibration_rows at least 2.")
         if self.aux_k is not None and self.aux_k < 1:
             raise InputError(f"aux_k is {self.aux_k}; it must be at least 1.")
-        above = ("learning_rate", "threshold_learning_rate", "bandwidth", "first_l0_factor", "frequency_scale")
-        for name in (*above, "tanh_scale"):
+        above = ("learning_rate", "threshold_learning_rate", "bandwidth", "first_l0_factor", "first_k_factor")
+        for name in (*above, "frequency_scale", "tanh_scale"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")
         for name in ("warmup", "decay", "sparsity_warmup", "annealing"):
@@ -211,11 +213,11 @@ class TrainConfig:
 
     @property
     def first_l0(self) -> float:
-        """Where the target begins: at most half of the latents; ``topk`` and ``batchtopk`` keep their k."""
+        """Where the target begins: at most half of the latents; ``topk`` keeps its k."""
         most = self.d_sae * max(1, len(self.layers)) / 2
-        return (
-            max(self.target_l0, min(self.target_l0 * self.first_l0_factor, most)) if self.penalised else self.target_l0
-        )
+        factor = self.first_l0_factor if self.penalised else self.first_k_factor
+        factor = 1.0 if self.activation == "topk" else factor
+        return max(self.target_l0, min(self.target_l0 * factor, most))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; sites as ``resid_post.3``."""

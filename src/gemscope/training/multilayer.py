@@ -165,7 +165,7 @@ class MultiLayerLearner:
             if config.activation == "topk":
                 support, pre, smallest = row_codes(given, int(config.target_l0))
             else:
-                support, pre, smallest = batch_codes(given, config.target_l0, self.level)
+                support, pre, smallest = batch_codes(given, terms.target_l0, self.level)
             self.level = smallest if self.adam.steps <= 1 else 0.99 * self.level + 0.01 * smallest
             at, active = None, torch.ones_like(pre, dtype=torch.bool)
             level = pre.new_full((self.n * self.width,), self.level)

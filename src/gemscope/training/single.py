@@ -168,7 +168,7 @@ class SingleLayerLearner:
         """Gradients of the objective on scaled rows."""
         config, spread = self.config, self.moments_out.spread
         centred = x - self._centre().detach()
-        codes = self._encode(centred, gradients)
+        codes = self._encode(centred, done, gradients)
         recons = self._decode(codes, centred, done)
         error = squared_error(y, recons[-1])
         terms = {"error": error if len(recons) == 1 else matryoshka_error(y, recons)}
@@ -184,9 +184,9 @@ class SingleLayerLearner:
         parts = {name: term.detach() for name, term in terms.items()}
         return StepResult(loss.detach(), error.detach() / spread, l0, parts)
 
-    def _encode(self, centred: Tensor, gradients: dict[str, OuterGradient]) -> _Codes:
+    def _encode(self, centred: Tensor, done: int, gradients: dict[str, OuterGradient]) -> _Codes:
         config, w = self.config, self.weights
-        support, values = self._find(centred)
+        support, values = self._find(centred, done)
         pre_acts = encode(support, values, centred, w["E"], w["b_enc"], self._centre(), gradients["E"])
         if config.activation != "jumprelu":
             active = soft_count(pre_acts, config.tanh_scale / self.pre_scale)
@@ -197,14 +197,14 @@ class SingleLayerLearner:
         return _Codes(support, pre_acts, acts, active, active.detach() > 0, gradients)
 
     @torch.no_grad()
-    def _find(self, centred: Tensor) -> tuple[Support, Tensor]:
+    def _find(self, centred: Tensor, done: int) -> tuple[Support, Tensor]:
         """The one dense product, and which of its entries matter."""
         config, E, bias = self.config, self.weights["E"], self.weights["b_enc"]
         if config.activation == "topk":
             return top_of_rows(centred, E, bias, int(config.target_l0), screen=self.screen)
         if config.activation == "batchtopk":
             guess = None if self.last_smallest is None else 0.95 * self.last_smallest
-            count = round(config.target_l0 * len(centred))
+            count = round(self._target(done) * len(centred))
             support, values, self.last_smallest = top_of_batch(centred, E, bias, count, guess=guess, screen=self.screen)
             return support, values
         floor = torch.zeros_like(bias)

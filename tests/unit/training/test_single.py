@@ -68,6 +68,7 @@ def _dense_objective(learner: SingleLayerLearner, rows: dict[Any, torch.Tensor],
     centred = x - (w["b_dec"] if c.kind == "sae" else learner.centre)
     z = centred @ w["E"].T + w["b_enc"]
     slope = c.tanh_scale / learner.pre_scale
+    target = c.first_l0 * (c.target_l0 / c.first_l0) ** min(1.0, done / (c.annealing * c.steps))
     if c.activation == "jumprelu":
         acts, active = _Jump.apply(z, w["threshold"], learner.bandwidth, c.ste_to_input)  # type: ignore[misc]
     else:
@@ -75,7 +76,7 @@ def _dense_objective(learner: SingleLayerLearner, rows: dict[Any, torch.Tensor],
         if c.activation == "topk":
             kept = is_largest(z.detach(), int(c.target_l0))
         elif c.activation == "batchtopk":
-            kept = is_largest(z.detach().view(1, -1), round(c.target_l0 * len(z))).view_as(z)
+            kept = is_largest(z.detach().view(1, -1), round(target * len(z))).view_as(z)
         acts = z.relu() * kept
         active = (slope * acts).tanh()
     base = w["b_dec"] + (centred @ w["W_skip"] if "W_skip" in w else 0)
@@ -85,7 +86,6 @@ def _dense_objective(learner: SingleLayerLearner, rows: dict[Any, torch.Tensor],
     spread = learner.moments_out.spread
     ramp = min(1.0, done / (c.sparsity_warmup * c.steps)) if c.sparsity_warmup else 1.0
     if c.penalised:
-        target = c.first_l0 * (c.target_l0 / c.first_l0) ** min(1.0, done / (c.annealing * c.steps))
         l0 = active.sum(1)
         penalty = {
             "quadratic": lambda: (2 / target * (l0 - target).square()).mean(),
@@ -127,6 +127,7 @@ CASES: dict[str, dict[str, Any]] = {
     "relu tanh": {"activation": "relu", "sparsity": "tanh"},
     "topk": {"activation": "topk"},
     "batchtopk": {"activation": "batchtopk", "target_l0": 3.7},
+    "batchtopk annealed": {"activation": "batchtopk", "first_k_factor": 3.0},
     "topk frequency": {"activation": "topk", "frequency_weight": 0.5},
     "matryoshka": {"prefixes": (8, 20)},
     "matryoshka topk": {"prefixes": (8, 20), "activation": "topk"},

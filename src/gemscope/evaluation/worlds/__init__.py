@@ -1,0 +1,1 @@
+"""Activations whose features are known: do a trainer and the instruments find them?"""
