@@ -55,6 +55,8 @@ _SMALL = 0.5
 _LIFT = 0.05
 """Share by which a too frequent latent's threshold rises in one update: where its pre-activations lie beyond the
 estimator's window, the frequency penalty has no gradient."""
+_MARGIN = 0.8
+"""Share of ``frequency_scale`` from which a latent, on one batch, is too frequent."""
 
 
 @dataclass
@@ -164,7 +166,9 @@ class SingleLayerLearner:
         size = threshold.clamp(min=_SMALL * self.pre_scale)
         move = (factor - 1) * size
         if config.frequency_weight > 0:
-            move = torch.where(self.frequency > config.frequency_scale, move.clamp(min=0) + _LIFT * size, move)
+            move = torch.where(
+                self.frequency > _MARGIN * config.frequency_scale, move.clamp(min=0) + _LIFT * size, move
+            )
         threshold += move
         threshold.clamp_(min=0)
 
