@@ -101,7 +101,7 @@ def harvest(
         drop_outliers=drop_outliers,
         seed=seed,
     )
-    source = _source(gemma, texts or [], out, dataset, split, column, lines=lines, seed=seed)
+    source = text_source(gemma, texts or [], out, dataset, split, column, lines=lines, seed=seed)
     if dry_run:
         return dry(gemma, source, config, out)
     return _run(out, (name, model_dtype), gemma, source, config, share, ray, workers)
@@ -157,17 +157,18 @@ def _numbers(text: str) -> list[int]:
     return found
 
 
-def _source(
+def text_source(
     gemma: "Gemma",
     texts: list[str],
     out: Path,
-    dataset: str | None,
-    split: str,
-    column: str,
+    dataset: str | None = None,
+    split: str = "train",
+    column: str = "text",
     *,
-    lines: bool,
-    seed: int,
+    lines: bool = False,
+    seed: int = 0,
 ) -> "Source":
+    """The documents of files, of a data set, of standard input (kept in ``out``), or of the microworld."""
     from gemscope.activations.sources import HubDataset, JsonLines, ParquetFiles, TextFiles, spooled
     from gemscope.core.errors import InputError
     from gemscope.suites.corpus import GeneratedText

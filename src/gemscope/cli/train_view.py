@@ -68,11 +68,14 @@ class LiveTable:
 
 def trained_table(done: Sequence[Trained], folder: Path) -> RenderableType:
     """The held-out measures of what was trained, and where it is."""
-    table = _table("dictionary", "L0", "target", "FVU", "dead", "dense")
+    with_loss = any("delta_loss" in (one.evaluation or {}) for one in done)
+    table = _table("dictionary", "L0", "target", "FVU", "dead", "dense", *(["Δ loss"] if with_loss else []))
     for one in done:
         found = one.evaluation or {}
         cells = [f"{found[name]:.{digits}f}" for name, digits in (("l0", 1), ("fvu", 4))]
         shares = [f"{100 * found[name]:.1f}%" for name in ("dead_fraction", "dense_fraction")]
+        if with_loss:
+            shares.append(f"{found['delta_loss']:.4f}")
         table.add_row(one.name, cells[0], f"{one.config.target_l0:g}", cells[1], *shares)
     rows = (done[0].evaluation or {}).get("rows", 0) if done else 0
     notes = (

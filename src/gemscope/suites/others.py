@@ -46,11 +46,10 @@ class Others:
         return list(dict.fromkeys(site for config in self.configs for site in config.sites))
 
 
-def others(gemma: Gemma, config: QuickstartConfig) -> Others:
-    """SAEs at ``z`` and ``mlp_out`` of the middle layer, transcoders there with and without skip, a CLT over all
-    layers, a crosscoder over up to four.
+def others(n: int, config: QuickstartConfig) -> Others:
+    """Of a model of ``n`` layers: SAEs at ``z`` and ``mlp_out`` of the middle one, transcoders there with and without
+    skip, a CLT over all layers, a crosscoder over up to four.
     """
-    n = gemma.shape.n_layers
     middle, every = n // 2, tuple(range(n))
     four = tuple(sorted({round(share * (n - 1)) for share in (0.25, 0.5, 0.65, 0.85)})) if n > 1 else ()
     shared: dict[str, Any] = {
@@ -102,7 +101,7 @@ def load(folder: Path, name: str) -> Loaded:
 
 def build(gemma: Gemma, model: str, folder: Path, config: QuickstartConfig, key: str, count: Count) -> None:
     """Harvest, train and measure all of them, and write each into ``folder``."""
-    wanted = others(gemma, config)
+    wanted = others(gemma.shape.n_layers, config)
 
     def counter(stage: str, unit: str) -> Callable[[int, int], None]:
         return lambda done, total: count(stage, done, total, unit)

@@ -263,7 +263,7 @@ def _is_trained(run: _Run, site: Site) -> bool:
 
 def _others_stage(run: _Run) -> tuple[str, ...]:
     """The dictionaries of the other kinds, all in one pass; their names."""
-    wanted = others.others(run.gemma, run.config)
+    wanted = others.others(run.gemma.shape.n_layers, run.config)
     key = _key(
         weights=run.weights,
         text=fingerprint(run.gemma, "train", run.config.seed),

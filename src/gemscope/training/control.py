@@ -15,14 +15,19 @@ from gemscope.training.config import TrainConfig
 
 _MEMORY = 0.98
 """Of the running mean of the L0 and its ratio to the target, per step."""
-_THRESHOLDS = 0.01
+_THRESHOLDS = 0.02
 """How far the logarithm of all thresholds moves per step and per unit of the L0's log ratio to its target."""
+_SUM = 2e-4
+"""The same, per unit of the sum of those ratios: makes up for what steadily pulls the other way, the annealing of the
+target and the frequency penalty. A latent's frequency falls about six times faster than its threshold rises; the
+answer is critically damped at 0.02**2 * 6 / 4."""
 _WEIGHT = 0.02
 """How far that of the weight moves."""
 _REACH = math.log(1e4)
 """How far the weight may move from its first value."""
-_OFF = 1.1
-"""Ratio to the target from which the L0 counts as missed."""
+_OFF, _OFF_WEIGHT = 1.1, 1.25
+"""Ratio to the target from which the L0 counts as missed; a weight acts slowly, and no more once learning rates have
+fallen."""
 
 
 class L0Control:
@@ -35,6 +40,8 @@ class L0Control:
         """The weight over its first value, as a logarithm."""
         self.mean = 0.0
         """Running mean of the L0."""
+        self.sum = 0.0
+        """Of what is added to the logarithm of the thresholds at every step."""
         self.log_ratio = 0.0
         """Running mean of the logarithm of the L0 over its target, which moves while it is annealed."""
         self.done = 0
@@ -53,7 +60,8 @@ class L0Control:
         self.done = done + 1
         ratio = max(-1.0, min(1.0, ratio))
         if not self.steers_weight:
-            return math.exp(_THRESHOLDS * ratio)
+            self.sum = max(-_THRESHOLDS, min(_THRESHOLDS, self.sum + _SUM * ratio))
+            return math.exp(_THRESHOLDS * ratio + self.sum)
         if done >= self.config.sparsity_warmup * self.config.steps:
             self.knob = max(-_REACH, min(_REACH, self.knob + _WEIGHT * ratio))
         return 1.0
@@ -63,7 +71,7 @@ class L0Control:
         config = self.config
         if not config.penalised or self.done < max(config.annealing, config.sparsity_warmup) * config.steps + 100:
             return ()
-        if abs(self.log_ratio) < math.log(_OFF):
+        if abs(self.log_ratio) < math.log(_OFF_WEIGHT if self.steers_weight else _OFF):
             return ()
         at = f"{config.site}: L0 is {self.mean:.1f} where {config.target_l0:g} was asked for"
         if abs(self.knob) == _REACH:
@@ -74,9 +82,11 @@ class L0Control:
 
     def state_dict(self) -> dict[str, float | int]:
         """Plain numbers."""
-        return {"knob": self.knob, "mean": self.mean, "log_ratio": self.log_ratio, "done": self.done}
+        names = ("knob", "sum", "mean", "log_ratio", "done")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.knob, self.mean, self.log_ratio = (float(state[name]) for name in ("knob", "mean", "log_ratio"))
+        for name in ("knob", "sum", "mean", "log_ratio"):
+            setattr(self, name, float(state[name]))
         self.done = int(state["done"])

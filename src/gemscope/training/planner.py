@@ -141,7 +141,7 @@ def _changed(config: TrainConfig, **more: Any) -> TrainConfig:
     return MultiLayerConfig(**{**given, **more}) if config.kind in MULTI_LAYER else config
 
 
-def _size(count: float) -> str:
+def _size(count: float | int) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

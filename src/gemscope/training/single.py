@@ -50,6 +50,13 @@ from gemscope.training.schedules import cosine_decay, cosine_warmup, geometric, 
 
 _SCREEN_FROM = 1 << 21
 """Weights of an encoder from which a bf16 screen saves more than it costs."""
+_SMALL = 0.5
+"""Thresholds below this, in pre-activation scales, are moved as this one is: they can reach zero, and leave it."""
+_LIFT = 0.05
+"""Share by which a too frequent latent's threshold rises in one update: where its pre-activations lie beyond the
+estimator's window, the frequency penalty has no gradient."""
+_MARGIN = 0.8
+"""Share of ``frequency_scale`` from which a latent, on one batch, is too frequent."""
 
 
 @dataclass
@@ -100,6 +107,7 @@ class SingleLayerLearner:
         self.bandwidth = config.bandwidth * self.pre_scale
         self._make_optimizers()
         self.idle_rows = torch.zeros(config.d_sae, dtype=torch.int64, device=x.device)
+        self.frequency = torch.zeros(config.d_sae, device=x.device)
         self.control = L0Control(config)
         self.last_smallest: float | None = None
         fast = bf16_is_fast(x.device) and w["E"].numel() >= _SCREEN_FROM
@@ -147,11 +155,22 @@ class SingleLayerLearner:
 
     @torch.no_grad()
     def _control(self, l0: float, done: int) -> None:
-        if not self.config.penalised:
+        """Move all thresholds towards the target, and those of too frequent latents upwards."""
+        config = self.config
+        if not config.penalised:
             return
         factor = self.control.observe(l0, self._target(done), done)
-        if "threshold" in self.weights and "threshold" not in self.config.frozen:
-            self.weights["threshold"].mul_(factor).clamp_(min=0)
+        threshold = self.weights.get("threshold")
+        if threshold is None or "threshold" in config.frozen:
+            return
+        size = threshold.clamp(min=_SMALL * self.pre_scale)
+        move = (factor - 1) * size
+        if config.frequency_weight > 0:
+            move = torch.where(
+                self.frequency > _MARGIN * config.frequency_scale, move.clamp(min=0) + _LIFT * size, move
+            )
+        threshold += move
+        threshold.clamp_(min=0)
 
     def _rate_factor(self, done: int) -> float:
         config = self.config
@@ -282,8 +301,10 @@ class SingleLayerLearner:
 
     def _count_idle(self, active: Tensor, rows: int) -> Tensor:
         """Which latents are dead, this batch included."""
+        counts = torch.bincount(active, minlength=self.config.d_sae)
+        self.frequency = counts / rows
         self.idle_rows += rows
-        self.idle_rows[active] = 0
+        self.idle_rows[counts > 0] = 0
         return self.idle_rows > self.config.dead_after_rows
 
     def state_dict(self) -> dict[str, Any]:

@@ -186,7 +186,9 @@ def as_png(path: Path, points: Sequence[Point], title: str = "Sweep") -> Path:
             axes.plot([p.l0 for p in front], [get(p) for p in front], color=colour, label=name)
             for p in group:
                 axes.plot(p.l0, get(p), "o", color=colour, markerfacecolor=colour if p in front else "white")
-        axes.set(xlabel="L0, active latents per token", ylabel=label, xlim=(0, None), ylim=(0, None))
+        most_x, most_y = max(p.l0 for p in points), max(get(p) or 0.0 for p in points)
+        limits = {"xlim": (0, 1.08 * most_x or 1), "ylim": (0, 1.08 * most_y or 1)}
+        axes.set(xlabel="L0, active latents per token", ylabel=label, **limits)
         axes.grid(color="#e3e8ee")
     figure.axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle(title)

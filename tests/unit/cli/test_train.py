@@ -74,6 +74,23 @@ def test_a_clt_and_finetuning_it(gemscope: Command, rows: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
 
 
+def test_from_a_store_of_a_model(gemscope: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    """The whole way of a user: harvest, train on the store, the loss measured."""
+    text, store, out = tmp_path / "text.txt", tmp_path / "store", tmp_path / "out"
+    text.write_text("Paris is the capital of France. " * 3 + "\nThe cat sat on the mat.\n" * 40)
+    model = ("--model", str(tiny_folder))
+    sites = ("--site", "mlp_in.1", "--site", "mlp_out.1")
+    done = gemscope("harvest", str(text), "--lines", *model, *sites, "--out", str(store), timeout=600)
+    assert done.returncode == 0, done.stderr
+    words = ("--kind", "transcoder", "--latents", "16", "--l0", "4", "--loss-text", str(text), "--out", str(out))
+    done = gemscope("train", str(store), *words, *QUICK, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (point,) = json.loads((out / "report.json").read_text())["points"]
+    assert point["delta_loss"] is not None
+    (folder,) = (out / "dictionaries").iterdir()
+    assert native.load(folder).config.model == str(tiny_folder)
+
+
 def test_plans_recipes_and_mistakes(gemscope: Command, rows: Path) -> None:
     plan = gemscope("train", str(rows), "--kind", "clt", "--latents", "64", "--plan", timeout=600)
     assert plan.returncode == 0

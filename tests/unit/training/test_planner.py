@@ -45,6 +45,7 @@ def test_a_step_of_the_270m_shape_takes_what_was_predicted() -> None:
 
 def clt(**change: object) -> MultiLayerConfig:
     given: dict[str, object] = {"target_site": WRITTEN, "kind": "clt", "layers": tuple(range(18)), "d_sae": 1024}
+    given["calibration_rows"] = 4096
     return MultiLayerConfig(READ, target_l0=50.0, **{**given, **change})  # pyright: ignore[reportArgumentType]
 
 
@@ -72,7 +73,7 @@ def test_what_does_not_fit_gets_proposals() -> None:
     found = plan([config], widths(config))
     assert fits(found, found.total)
     assert proposals([config], widths(config), found.total) == []
-    text = proposals([config], widths(config), int(found.total * 0.8))
+    text = proposals([config], widths(config), int(found.total * 0.9))
     assert [line.split(":")[0] for line in text] == ["bf16 moments", "decoders offloaded", "latents over 2 processes"]
     assert "tied decoders" in proposals([clt(d_sae=1023)], widths(config), 1000)[0]
     several = [TrainConfig(Site("resid_post", i), d_sae=4096, target_l0=32.0) for i in range(4)]

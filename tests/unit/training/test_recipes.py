@@ -69,9 +69,8 @@ def test_the_microworld_recipe_is_what_quickstart_runs() -> None:
     from gemscope.suites.others import others
 
     recipe = runpy.run_path(str(ROOT / "recipes" / "microworld.py"))
-    config = recipe["quickstart"]()
-    assert config == QuickstartConfig()
+    config = QuickstartConfig()
     gemma, entries = Gemma.load("microworld-it"), recipe["entries"]("microworld-it")
     assert [e.config for e in entries[:6]] == [config.train_config(s) for s in gemma.every_layer("resid_post")]
-    assert [e.config for e in entries[6:]] == list(others(gemma, config).configs)
+    assert [e.config for e in entries[6:]] == list(others(gemma.shape.n_layers, config).configs)
     assert all(gemma.width(e.config.site) == e.width for e in entries)

