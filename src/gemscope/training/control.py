@@ -1,7 +1,8 @@
 """Keeping the mean L0 where it was asked for.
 
-Beside a quadratic penalty, which shapes how the L0 is shared among latents and rows, all thresholds are multiplied
-by a common factor after every update: as a latent's frequency falls several times faster than its threshold rises,
+A quadratic penalty shapes how the L0 is shared among latents and rows. In the second half of the time that its target
+stands still, all thresholds are multiplied by a common factor after every update (earlier, that costs concepts; see
+docs/log.md): as a latent's frequency falls several times faster than its threshold rises,
 the mean L0 follows its target within some tens of steps, whatever else pulls at it (a penalty alone moves thresholds
 no faster than their learning rate, however large its weight). The other penalties know no target: there the knob is
 their weight, turned in equal ratios.
@@ -60,6 +61,8 @@ class L0Control:
         self.done = done + 1
         ratio = max(-1.0, min(1.0, ratio))
         if not self.steers_weight:
+            if done < (1 + self.config.annealing) / 2 * self.config.steps:
+                return 1.0
             self.sum = max(-_THRESHOLDS, min(_THRESHOLDS, self.sum + _SUM * ratio))
             return math.exp(_THRESHOLDS * ratio + self.sum)
         if done >= self.config.sparsity_warmup * self.config.steps:
