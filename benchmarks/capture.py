@@ -6,7 +6,7 @@ resid_post in all layers, logits included, takes at most 1.05 times the plain fo
 
 import torch
 from _common import Result, arguments, interleaved, machine, report
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from gemscope.models.gemma import Gemma
@@ -31,7 +31,8 @@ def build(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> Ge
     torch.manual_seed(0)
     model = Gemma3ForCausalLM(Gemma3TextConfig(**shape)).to(device, dtype).requires_grad_(False)
     vocab = {"<bos>": 0} | {f"w{i}": i for i in range(1, shape["vocab_size"])}
-    words = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    words = Tokenizer(models.WordLevel(vocab))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>")
     return Gemma.wrap(model, tokenizer, name="random", check=False)
 

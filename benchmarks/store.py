@@ -5,29 +5,34 @@ Wanted: a harvest takes at most 1.1 times its forward passes; bytes a token with
 CPU-second at width 640; three readers together cost the disk about one.
 """
 
+import argparse
+import json
 import multiprocessing
 import os
 import shutil
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from _common import Result, arguments, interleaved, machine, report
+from _common import Result, machine, report
 from capture import SHAPE_270M, SHAPE_QUICK, build
 
 from gemscope.activations.finishing import finish
-from gemscope.activations.harvesting import harvest_to
-from gemscope.activations.pieces import batches, encode
-from gemscope.activations.plan import HarvestConfig, Plan, SitePlan
+from gemscope.activations.harvesting import HarvestProgress, harvest_to
+from gemscope.activations.pieces import PieceBatch, batches, encode
+from gemscope.activations.plan import HarvestConfig, Plan, SitePlan, make_plan
 from gemscope.activations.sources import Documents
 from gemscope.activations.statistics import none_yet
 from gemscope.activations.store import Store
-from gemscope.activations.units import Bucket, UnitFiles
+from gemscope.activations.units import Bucket, UnitFiles, bucket_pieces
 from gemscope.core.files import write_json
 from gemscope.core.sites import Site
 from gemscope.models.gemma import Gemma
@@ -40,36 +45,47 @@ CHUNK = 16 << 20
 def harvesting(
     gemma: Gemma, texts: list[str], batch_tokens: int, rounds: int, label: str, folder: Path
 ) -> list[Result]:
-    """A harvest of resid_post in every layer, text to synced files, beside the forward passes of the same batches."""
+    """A harvest of resid_post in every layer, from the first forward pass to the last synced file, beside the forward
+    passes of the very same batches; and what comes before the first one.
+    """
     sites = gemma.every_layer("resid_post")
     row_bytes = 2 * sum(gemma.width(site) for site in sites)
-    pieces = encode(gemma, texts, 0, 1024)
-    rows = int(pieces.content.sum())
+    rows = int(encode(gemma, texts, 0, 1024).content.sum())
     config = HarvestConfig(tuple(map(str, sites)), batch_tokens=batch_tokens, bucket_rows=rows, unit_rows=rows // 4)
-    ready = list(batches(gemma, pieces, np.arange(len(pieces)), batch_tokens))
     source, out = Documents(texts), folder / "harvest"
-    harvest_to(out, gemma, source, config)  # the plan is made once, whatever the size of the harvest
-    plan = (out / "plan.json").read_bytes()
-
-    def forward() -> None:
+    plan = make_plan(gemma, source, config)  # once, whatever the size of the harvest
+    ready = [one for unit in range(plan.units) for one in unit_batches(gemma, texts, plan, unit)]
+    seen: dict[str, list[float]] = {"forward": [], "units": [], "whole": []}
+    for _ in range(rounds + 1):
+        begun = time.perf_counter()
         for one in ready:
             gemma.capture(one.batch, sites)
-
-    def harvest() -> None:
-        shutil.rmtree(out)
-        out.mkdir()
-        (out / "plan.json").write_bytes(plan)
-        harvest_to(out, gemma, source, config)
-
-    times = interleaved({"forward": forward, "harvest": harvest}, rounds)
+        seen["forward"].append(time.perf_counter() - begun)
+        shutil.rmtree(out, ignore_errors=True)
+        write_json(out / "plan.json", plan.as_dict())
+        reports: list[HarvestProgress] = []
+        begun = time.perf_counter()
+        harvest_to(out, gemma, source, config, progress=reports.append)
+        seen["whole"].append(time.perf_counter() - begun)
+        seen["units"].append(reports[-1].seconds)
+    times = {name: min(values[1:]) for name, values in seen.items()}  # the first round warms up
     size = sum(path.stat().st_size for name in ("acts", "rows") for path in out.rglob(f"{name}/**/*.safetensors"))
     on = f"{label}, {len(sites)} sites, {rows} tokens, {gemma.dtype}, best of {rounds}; {machine()}"
     return [
         Result(f"forward passes alone, {label}", rows / times["forward"], "tok/s", on),
-        Result(f"harvest, {label}", rows / times["harvest"], "tok/s", on),
-        Result(f"harvest / forward passes, {label}", times["harvest"] / times["forward"], "ratio", on),
+        Result(f"harvest, {label}", rows / times["units"], "tok/s", on),
+        Result(f"harvest / forward passes, {label}", times["units"] / times["forward"], "ratio", on),
+        Result(f"before the first forward pass, {label}", times["whole"] - times["units"], "s", on),
         Result(f"bytes a token / (2 x width x sites), {label}", size / rows / row_bytes, "ratio", on),
     ]
+
+
+def unit_batches(gemma: Gemma, texts: list[str], plan: Plan, unit: int) -> Iterator[PieceBatch]:
+    """What a harvest feeds the model for one unit."""
+    start, stop = plan.range(unit)
+    pieces = encode(gemma, texts[start:stop], start, int(plan.config["context"]))
+    for chosen in bucket_pieces(pieces, plan.bucket_rows):
+        yield from batches(gemma, pieces, chosen, int(plan.config["batch_tokens"]))
 
 
 def made_up_plan(unit_rows: int, units: int) -> Plan:
@@ -79,13 +95,28 @@ def made_up_plan(unit_rows: int, units: int) -> Plan:
     return Plan(config, sites, units * unit_rows, unit_rows, unit_rows, 1.0)
 
 
+def made_up_bucket(plan: Plan, rows: int) -> Bucket:
+    """Random rows."""
+    bucket = Bucket.empty(plan, rows)
+    for x in bucket.data.values():
+        x.copy_(torch.randn(x.shape).to(x.dtype))
+    bucket.rows = rows
+    bucket.doc = bucket.pos = bucket.token = np.arange(rows, dtype=np.int32)
+    bucket.statistics = {site: replace(none_yet(WIDTH), rows=rows) for site in plan.sites}
+    return bucket
+
+
 def write_store(folder: Path, plan: Plan, bucket: Bucket) -> None:
-    """Units as a harvest writes them: checksums, sync, rename, record."""
+    """Units as a harvest writes them: checksums, sync in another thread, rename, record."""
     write_json(folder / "plan.json", plan.as_dict())
-    for unit in range(plan.units):
-        files = UnitFiles(folder, plan, unit)
-        files.append(bucket)
-        files.finish(0)
+    with ThreadPoolExecutor(1) as syncing:
+        done: list[Future[Any]] = []
+        for unit in range(plan.units):
+            files = UnitFiles(folder, plan, unit)
+            files.append(bucket)
+            done.append(syncing.submit(files.finish, 0))
+        for one in done:
+            one.result()
 
 
 def write_plain(path: Path, parts: int, data: memoryview) -> None:
@@ -158,70 +189,106 @@ def together(folder: Path, readers: int) -> int:
 def input_output(unit_rows: int, units: int, rounds: int, folder: Path) -> list[Result]:
     """Writing and reading beside sequential I/O, in turn; medians."""
     plan, out, plain = made_up_plan(unit_rows, units), folder / "store", folder / "plain"
-    bucket = Bucket.empty(plan, unit_rows)
-    for x in bucket.data.values():
-        x.copy_(torch.randn(x.shape).to(x.dtype))
-    bucket.rows, numbers = unit_rows, np.arange(unit_rows, dtype=np.int32)
-    bucket.doc = bucket.pos = bucket.token = numbers
-    bucket.statistics = {site: replace(none_yet(WIDTH), rows=unit_rows) for site in plan.sites}
+    bucket = made_up_bucket(plan, unit_rows)
     data = next(iter(bucket.data.values())).view(torch.uint8).numpy().data.cast("B")
     size = units * unit_rows * 2 * WIDTH
     seen: dict[str, list[float]] = {}
-    for _ in range(rounds):
+
+    def note(name: str, work: Callable[[], object]) -> None:
+        wall, cpu = timed(work)
+        seen.setdefault(name, []).append(wall)
+        seen.setdefault(f"{name} cpu", []).append(cpu)
+
+    def remove() -> None:
         shutil.rmtree(out, ignore_errors=True)
         plain.unlink(missing_ok=True)
-        seen.setdefault("plain write", []).append(timed(lambda: write_plain(plain, units, data))[0])
-        seen.setdefault("store write", []).append(timed(lambda: write_store(out, plan, bucket))[0])
+
+    for round_ in range(rounds + 1):  # the first one warms up; which comes first changes from round to round
+        writes = {
+            "plain write": lambda: write_plain(plain, units, data),
+            "store write": lambda: write_store(out, plan, bucket),
+        }
+        for name in sorted(writes, reverse=round_ % 2 == 0):
+            remove()
+            note(name, writes[name])
+        if not out.is_dir():
+            write_store(out, plan, bucket)
         finish(out, plan)
         shards = sorted(out.rglob("acts/*/*.safetensors"))
-        forget(folder)
-        seen.setdefault("plain read", []).append(timed(partial(read_plain, shards))[0])
-        forget(folder)
-        before = disk_bytes()
-        wall, cpu = timed(lambda: read_store(out))
-        seen.setdefault("store read", []).append(wall)
-        seen.setdefault("store read cpu", []).append(cpu)
-        seen.setdefault("amplification", []).append((disk_bytes() - before) / size)
-        seen.setdefault("warm cpu", []).append(timed(lambda: read_store(out))[1])
+        reads = {"plain read": partial(read_plain, shards), "store read": lambda: read_store(out)}
+        for name in sorted(reads, reverse=round_ % 2 == 0):
+            forget(folder)
+            before = disk_bytes()
+            note(name, reads[name])
+            seen.setdefault(f"{name} disk", []).append((disk_bytes() - before) / size)
+        note("warm", lambda: read_store(out))
         forget(folder)
         seen.setdefault("three", []).append(together(out, 3) / size)
-    mid = {name: float(np.median(values)) for name, values in seen.items()}
+    mid = {name: float(np.median(values[1:])) for name, values in seen.items()}
+
+    def ratio(of: str, to: str) -> float:
+        """Speed of one beside that of the other in the same round."""
+        return float(np.median(np.divide(seen[to][1:], seen[of][1:])))
+
     rows = unit_rows * units
     on = f"{size / 1e9:.2f} GB in {units} shards, width {WIDTH}, bf16, median of {rounds}; {machine()}"
     return [
         Result("sequential write and sync", size / mid["plain write"] / 1e6, "MB/s", on),
         Result("store write and sync", size / mid["store write"] / 1e6, "MB/s", on),
-        Result("store write / sequential write", mid["plain write"] / mid["store write"], "ratio", on),
+        Result("store write / sequential write", ratio("store write", "plain write"), "ratio", on),
+        Result("store write, tokens a CPU-second", rows / mid["store write cpu"], "tok/s", on),
         Result("sequential read, cold", size / mid["plain read"] / 1e6, "MB/s", on),
         Result("store read, shuffled, cold", size / mid["store read"] / 1e6, "MB/s", on),
-        Result("store read / sequential read, cold", mid["plain read"] / mid["store read"], "ratio", on),
-        Result("tokens a CPU-second, cold", rows / mid["store read cpu"], "tok/s", on),
-        Result("tokens a CPU-second, warm", rows / mid["warm cpu"], "tok/s", on),
-        Result("bytes from the disk / bytes of the store, one reader", mid["amplification"], "ratio", on),
+        Result("store read / sequential read, cold", ratio("store read", "plain read"), "ratio", on),
+        Result("store read, tokens a CPU-second, cold", rows / mid["store read cpu"], "tok/s", on),
+        Result("store read, tokens a CPU-second, warm", rows / mid["warm cpu"], "tok/s", on),
+        Result("bytes from the disk / bytes of the store, one reader", mid["store read disk"], "ratio", on),
         Result("bytes from the disk / bytes of the store, three readers", mid["three"], "ratio", on),
+    ]
+
+
+def saelens(python: str, rows: int, folder: Path) -> list[Result]:
+    """The cached store of SAELens on the same disk, by the interpreter of an environment that has it."""
+    script = Path(__file__).with_name("_store_peer.py")
+    quiet = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
+    command = [python, str(script), str(folder), str(rows), str(WIDTH)]
+    found = json.loads(subprocess.check_output(command, text=True, env=quiet).splitlines()[-1])
+    on = f"{rows} rows, width {WIDTH}, float32 and synced, contexts of 128; {machine()}"
+    name = f"SAELens {found['version']}"
+    return [
+        Result(f"{name} write", found["write"]["wall"], "tok/s", on),
+        Result(f"{name} write, tokens a CPU-second", found["write"]["cpu"], "tok/s", on),
+        Result(f"{name} read through its mixing buffer, cold", found["read"]["wall"], "tok/s", on),
+        Result(f"{name} read through its mixing buffer, tokens a CPU-second", found["read"]["cpu"], "tok/s", on),
+        Result(f"{name} bytes a token / (2 x width)", found["bytes"] / (2 * WIDTH), "ratio", on),
     ]
 
 
 def main() -> None:
     """Run and print; the folder is made in the current one, whose disk is measured."""
-    options = arguments(__doc__ or "")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small model and few rounds: does it run?")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--peers", metavar="PYTHON", help="measure SAELens' store too")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".store-bench-") as name:
         folder = Path(name)
-        report(input_output(*(20_000, 4, 2) if options.quick else (200_000, 8, 5), folder), options.json)
+        report(input_output(*(20_000, 4, 2) if options.quick else (200_000, 8, 4), folder), options.json)
+        if options.peers:
+            report(saelens(options.peers, 20_000 if options.quick else 200_000, folder), options.json)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         shape = SHAPE_QUICK if options.quick else SHAPE_270M
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         random = build(shape, dtype, device)
         generator = torch.Generator().manual_seed(0)
-        words = torch.randint(2, shape["vocab_size"], (8 if device.type == "cpu" else 800, 255), generator=generator)
-        texts = ["".join(random.tokenizer.convert_ids_to_tokens(row.tolist())) for row in words]
-        del words
+        count = 16 if device.type == "cpu" else 1600
+        words = torch.randint(2, shape["vocab_size"], (count, 255), generator=generator)
+        texts = [" ".join(random.tokenizer.convert_ids_to_tokens(row.tolist())) for row in words]
         label = "tiny random Gemma 3" if options.quick else "random Gemma 3 270M"
-        report(harvesting(random, texts, 2048, 3, label, folder), options.json)
+        report(harvesting(random, texts, 2048, 2, label, folder), options.json)
         microworld = Gemma.load("microworld-it")
-        count = 400 if options.quick else 4000
-        texts = list(GeneratedText(chat=True).read(0, count))
-        report(harvesting(microworld, texts, 4096, 3, "microworld-it", folder), options.json)
+        texts = list(GeneratedText(chat=True).read(0, 400 if options.quick else 2000))
+        report(harvesting(microworld, texts, 4096, 2, "microworld-it", folder), options.json)
 
 
 if __name__ == "__main__":

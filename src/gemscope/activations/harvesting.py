@@ -1,17 +1,19 @@
 """From text to a store on disk: units of work that can be stopped, resumed and shared out at will.
 
 Notable:
-- three things go on at once: a thread reads and tokenizes the next unit, this thread runs the model, another
-  writes the last bucket; two buckets are all the memory that grows with the sites, nothing grows with the text;
-- a unit counts once its record is there; running again does what is missing, whoever began it.
+- four things go on at once: a thread reads and tokenizes the next unit, this thread runs the model, another writes
+  the last bucket, another syncs the last unit; two buckets are all the memory that grows with the sites, and none
+  grows with the text;
+- a unit counts once its record is there; running again does what is missing, whoever began it or lost it.
 """
 
 import os
 import shutil
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,21 @@ from typing import Any
 import torch
 
 from gemscope.activations import locks
-from gemscope.activations.finishing import finish
+from gemscope.activations.finishing import finish, read_record
 from gemscope.activations.pieces import Pieces, encode
 from gemscope.activations.plan import HarvestConfig, Plan, check_same, make_plan, resolved
+from gemscope.activations.shards import FileRecord, check_size
 from gemscope.activations.sources import Source
-from gemscope.activations.units import Bucket, UnitFiles, bucket_pieces, capacity, fill, record_name, shuffle_seed
-from gemscope.core.errors import InputError, StorageError
+from gemscope.activations.units import Bucket, UnitFiles, bucket_pieces, capacity, fill, shuffle_seed
+from gemscope.core.errors import FormatError, InputError, StorageError
 from gemscope.core.files import storage_error, write_json
 from gemscope.core.provenance import collect
 from gemscope.models.gemma import Gemma
 
 _ROW_BYTES = 12
 _KEEP_FREE = 0.01
+_TIMED = 0.2
+"""Seconds of a forward pass that tell its speed."""
 
 
 @dataclass(frozen=True)
@@ -167,15 +172,23 @@ def check_space(expected: Estimate, folder: Path) -> None:
     """Raises StorageError when the store will not fit on the disk."""
     if expected.bytes_left > (1 - _KEEP_FREE) * expected.bytes_free:
         raise StorageError(
-            f"the harvest takes {expected.bytes_left / 1e9:,.1f} GB more and {folder} has"
-            f" {expected.bytes_free / 1e9:,.1f} GB free; free some space, ask for fewer tokens, sites or layers, or"
+            f"the harvest takes {expected.bytes_left / 1e9:,.3f} GB more and {folder} has"
+            f" {expected.bytes_free / 1e9:,.3f} GB free; free some space, ask for fewer tokens, sites or layers, or"
             " choose another folder with --out."
         )
 
 
 def missing_units(folder: Path, plan: Plan, share: Slice) -> list[int]:
-    """Units of a slice that have no record yet."""
-    return [unit for unit in share.of(plan.units) if not (folder / record_name(unit)).is_file()]
+    """Units of a slice that have no record yet, or of whose files one is missing or has another size."""
+    return [unit for unit in share.of(plan.units) if not _is_there(folder, unit)]
+
+
+def _is_there(folder: Path, unit: int) -> bool:
+    try:
+        files = read_record(folder, unit)["files"]
+    except FormatError:
+        return False
+    return all(check_size(folder / name, FileRecord(**one)) is None for name, one in files.items())
 
 
 def harvest_to(
@@ -225,10 +238,14 @@ def write_units(
     """Harvest some units; on any error what is whole stays and nothing else does."""
     buckets = [Bucket.empty(plan, capacity(plan)) for _ in range(2)]
     written: list[Future[None] | None] = [None, None]
-    finished: list[Future[dict[str, Any]]] = []
+    syncs: deque[Future[dict[str, Any]]] = deque()
     count = _Counter(plan, units, progress)
-    turn = 0
-    with ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
+    turn = whole = 0
+    with (
+        ThreadPoolExecutor(1, "read") as reading,
+        ThreadPoolExecutor(1, "write") as writing,
+        ThreadPoolExecutor(1, "sync") as syncing,
+    ):
         upcoming = reading.submit(_read, gemma, source, plan, units[0])
         for place, unit in enumerate(units):
             pieces = upcoming.result()
@@ -240,25 +257,45 @@ def write_units(
                     if (before := written[turn]) is not None:
                         before.result()
                     for rows in fill(gemma, plan, pieces, chosen, shuffle_seed(plan, unit, number), buckets[turn]):
-                        count.batch(rows, sum(one.done() for one in finished))
+                        whole += _settled(syncs)
+                        count.batch(rows, whole)
                     count.bucket()
                     written[turn] = writing.submit(files.append, buckets[turn])
                     turn = 1 - turn
-                finished.append(writing.submit(_finish_unit, files, pieces.skipped, list(written)))
+                syncs.append(syncing.submit(_finish_unit, files, pieces.skipped, list(written)))
             except BaseException:
-                writing.submit(files.abort)
+                syncing.submit(_give_up, files, list(written))
                 raise
-        for one in finished:
-            one.result()
-        count.batch(0, len(finished))
+        wait(syncs)
+        count.batch(0, whole + _settled(syncs))
+
+
+def _settled(syncs: deque[Future[dict[str, Any]]]) -> int:
+    """Take off those that are done and give their number; the error of one that failed is raised at once."""
+    count = 0
+    while syncs and syncs[0].done():
+        syncs.popleft().result()
+        count += 1
+    return count
 
 
 def _finish_unit(files: UnitFiles, skipped: int, written: Sequence[Future[None] | None]) -> dict[str, Any]:
-    """In the writer's thread, where every append has been tried: a unit with a failed one is not finished."""
-    for one in written:
-        if one is not None:
+    """In the thread that syncs, once every append is through; after a failed one nothing more is finished."""
+    appends = [one for one in written if one is not None]
+    wait(appends)
+    try:
+        for one in appends:
             one.result()
+    except BaseException:
+        files.abort()
+        raise
     return files.finish(skipped)
+
+
+def _give_up(files: UnitFiles, written: Sequence[Future[None] | None]) -> None:
+    """In the same thread, so that a unit is never finished and given up at once."""
+    wait(one for one in written if one is not None)
+    files.abort()
 
 
 def _read(gemma: Gemma, source: Source, plan: Plan, unit: int) -> Pieces:
@@ -299,21 +336,23 @@ class _Counter:
 
 
 def _seconds_per_token(gemma: Gemma, plan: Plan) -> float:
-    """From one batch of made-up tokens, after one to warm up."""
+    """From batches of made-up tokens, each twice the last, until one takes long enough to be timed."""
     context = min(128, int(plan.config["context"]))
-    rows = max(1, min(int(plan.config["batch_tokens"]), 2048) // context)
-    ids = torch.full((rows, context), gemma.vocabulary.bos_id)
-    batch = gemma.batch([gemma.tokens_of(row) for row in ids])
-    best = float("inf")
-    for _ in range(2):
+    limit = max(1, int(plan.config["batch_tokens"]) // context)
+    rows = 1
+    while True:
+        batch = gemma.batch([gemma.tokens_of(row) for row in torch.full((rows, context), gemma.vocabulary.bos_id)])
         started = time.perf_counter()
         captured = gemma.capture(batch, plan.sites)
         sum(float(x.view(-1)[0]) for x in captured.acts.values())
-        best = min(best, time.perf_counter() - started)
-    return best / ids.numel()
+        seconds = time.perf_counter() - started
+        if rows == limit or (rows > 1 and seconds > _TIMED):
+            return seconds / (rows * context)
+        rows = min(2 * rows, limit)
 
 
 def note_run(folder: Path, share: Slice, units: Sequence[int]) -> None:
-    """When, where and by what command: the one part of a store that differs from run to run."""
-    value = {"slice": asdict(share), "units": len(units), "provenance": collect().as_dict()}
+    """When, where, by what command and on how many threads: the one part of a store that differs from run to run."""
+    about = collect(threads=torch.get_num_threads()).as_dict()
+    value = {"slice": asdict(share), "units": len(units), "provenance": about}
     write_json(folder / "runs" / f"{time.time_ns()}-{os.getpid()}.json", value)

@@ -56,7 +56,7 @@ class Reading:
     """Neighbouring rows that are read together."""
     open_shards: int = 8
     """Shards that a pool draws from, about."""
-    pool_rows: int = 1 << 18
+    pool_rows: int = 1 << 17
     """Rows mixed at a time; two pools are in memory."""
 
 

@@ -84,10 +84,12 @@ class Remote:
         return self.cache / sha256(self.url.encode()).hexdigest()[:16]
 
     def path(self, name: str, record: FileRecord | None = None) -> Path:
-        """The file in the cache, fetched if it is not there with its recorded size; without a record, always."""
+        """The file in the cache, fetched if it is not there with its recorded checksum and size; without a record,
+        always.
+        """
         with self._guard:
             lock = self._locks.setdefault(name, threading.Lock())
-        local = self.folder / name
+        local = self.folder / (record.crc32 if record is not None else "") / name
         with lock:
             if record is not None and local.is_file() and local.stat().st_size == record.bytes:
                 os.utime(local)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from gemscope.activations.order import EpochOrder, Ints, Reading, blocks_of, epoch_order
-from gemscope.activations.places import Place
+from gemscope.activations.places import Folder, Place
 from gemscope.activations.plan import Plan
 from gemscope.activations.shards import ITEM_BYTES, FileRecord, acts_header, rows_header
 from gemscope.activations.stream import Origin, Pool
@@ -24,6 +24,8 @@ Bytes = npt.NDArray[np.uint8]
 Flags = npt.NDArray[np.bool_]
 
 _ORIGIN = ("doc", "pos", "token")
+_Span = tuple[int, int, int]
+"""(shard, first row, one after the last)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,7 @@ class StoreReader:
         self._rows = [shard.rows for shard in contents.shards]
         self._kept = [self._kept_in(number) for number in range(len(self._rows))]
         self._order: tuple[int, EpochOrder] | None = None
+        self._announced: tuple[int, int] | None = None
         self._buffers: list[dict[str, Bytes]] = [{}, {}]
         self._turn = 0
 
@@ -108,8 +111,7 @@ class StoreReader:
 
     def load(self, epoch: int, pool: int) -> Pool:
         """Read the runs of a pool; raises FormatError when a file cannot be read or ends too early."""
-        runs = self._epoch(epoch).runs(pool)
-        spans = list(zip(runs.shard.tolist(), runs.start.tolist(), runs.stop.tolist(), strict=True))
+        spans = self._spans(epoch, pool)
         keeps = [self._contents.kept(*span) for span in spans]
         sizes = [b - a if keep is None else int(keep.sum()) for (_, a, b), keep in zip(spans, keeps, strict=True)]
         at = np.concatenate([[0], np.cumsum(sizes)]).tolist()
@@ -117,17 +119,35 @@ class StoreReader:
         with ExitStack() as stack:
             handles = _Handles(self._contents.place, stack)
             jobs: list[_Job] = []
-            for (number, start, stop), keep, low, high in zip(spans, keeps, at, at[1:], strict=False):
-                shard = self._contents.shards[number]
+            for span, keep, low, high in zip(spans, keeps, at, at[1:], strict=False):
                 for column in self._columns:
-                    name, head, row_bytes = self._locate(column, shard)
-                    handle = handles.get(shard, name)
-                    into = buffers[column][low:high]
-                    jobs.append(_Job(handle, head + start * row_bytes, into, stop - start, keep))
+                    handle, offset, _ = self._locate(column, span, handles)
+                    jobs.append(_Job(handle, offset, buffers[column][low:high], span[2] - span[1], keep))
+            if self._announced != (epoch, pool):
+                self._announce(epoch, pool, handles)
             chunk = -(-len(jobs) // self._parts) or 1
-            chunks = [jobs[i : i + chunk] for i in range(0, len(jobs), chunk)]
-            list(self._workers.map(_read_all, chunks))
+            parts = [self._workers.submit(_read_all, jobs[i : i + chunk]) for i in range(0, len(jobs), chunk)]
+            stack.callback(wait, parts)  # no file is closed while it is read
+            if isinstance(self._contents.place, Folder) and pool + 1 < self.pools(epoch):
+                self._announce(epoch, pool + 1, handles)
+            for part in parts:
+                part.result()
         return self._pool(buffers, at[-1])
+
+    def _spans(self, epoch: int, pool: int) -> list[_Span]:
+        """The stretches of rows of a pool."""
+        runs = self._epoch(epoch).runs(pool)
+        return list(zip(runs.shard.tolist(), runs.start.tolist(), runs.stop.tolist(), strict=True))
+
+    def _announce(self, epoch: int, pool: int, handles: _Handles) -> None:
+        """Let the disk fetch a pool already: it is at its fastest with much to do."""
+        self._announced = epoch, pool
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for span in self._spans(epoch, pool):
+            for column in self._columns:
+                handle, offset, size = self._locate(column, span, handles)
+                os.posix_fadvise(handle, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _pool(self, buffers: Mapping[str, Bytes], rows: int) -> Pool:
         def tensor(column: str, dtype: torch.dtype) -> Tensor:
@@ -140,14 +160,20 @@ class StoreReader:
         doc, pos, token = (tensor(name, torch.int32)[:rows, 0] for name in _ORIGIN)
         return Pool(rows, acts, Origin(doc, pos, token))
 
-    def _locate(self, column: str, shard: Shard) -> tuple[str, int, int]:
-        """(file, where its data begins, bytes of a row) of a column in a shard."""
+    def _locate(self, column: str, span: _Span, handles: _Handles) -> tuple[int, int, int]:
+        """(open file, first byte, number of bytes) of a column's stretch of rows."""
+        number, start, stop = span
+        shard, plan, width = self._contents.shards[number], self._contents.plan, self._row_bytes(column)
         if column in _ORIGIN:
-            return rows_name(shard.unit), len(rows_header(shard.rows)) + _ORIGIN.index(column) * 4 * shard.rows, 4
-        plan, site = self._contents.plan, Site.parse(column)
-        width = plan.sites[site].width
-        head = len(acts_header(shard.rows, width, plan.dtype))
-        return acts_name(site, shard.unit), head, width * ITEM_BYTES[plan.dtype]
+            name, head = rows_name(shard.unit), len(rows_header(shard.rows)) + _ORIGIN.index(column) * 4 * shard.rows
+        else:
+            site = Site.parse(column)
+            name, head = acts_name(site, shard.unit), len(acts_header(shard.rows, plan.sites[site].width, plan.dtype))
+        return handles.get(shard, name), head + start * width, (stop - start) * width
+
+    def _row_bytes(self, column: str) -> int:
+        plan = self._contents.plan
+        return 4 if column in _ORIGIN else plan.sites[Site.parse(column)].width * ITEM_BYTES[plan.dtype]
 
     def _room(self, rows: int) -> dict[str, Bytes]:
         """The memory that was not used for the last pool, enlarged if need be."""
@@ -157,8 +183,7 @@ class StoreReader:
             mine.clear()
             room = max(rows, self._reading.pool_rows if rows > self._reading.pool_rows // 2 else rows)
             for column in self._columns:
-                row_bytes = self._locate(column, self._contents.shards[0])[2]
-                mine[column] = np.empty((room + self._reading.block_rows, row_bytes), np.uint8)
+                mine[column] = np.empty((room + self._reading.block_rows, self._row_bytes(column)), np.uint8)
         return mine
 
     def _epoch(self, epoch: int) -> EpochOrder:

@@ -168,7 +168,9 @@ class ParquetFiles:
         for path, table in zip(self.paths, self._tables, strict=True):
             names = table.schema_arrow.names
             if self.column not in names and "messages" not in names:
-                raise InputError(f"{path} has no column {self.column!r}; its columns are {', '.join(names)}.")
+                raise InputError(
+                    f"{path} has no column {self.column!r}; name one of its columns ({', '.join(names)}) with --column."
+                )
             column = self.column if self.column in names else "messages"
             for group in range(table.num_row_groups):
                 rows = table.metadata.row_group(group).num_rows

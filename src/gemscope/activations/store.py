@@ -1,6 +1,6 @@
 """A store that was harvested before, open for reading; several processes and threads may read it at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from gemscope.activations.finishing import read_record
 from gemscope.activations.order import Position, Reading
 from gemscope.activations.places import Folder, Place, place_of
 from gemscope.activations.plan import FORMAT, VERSION, Plan
+from gemscope.activations.planned import PlannedRows
 from gemscope.activations.reading import Contents, Shard, StoreReader, unpacked_bits
 from gemscope.activations.sets import document_share
 from gemscope.activations.shards import ITEM_BYTES, FileRecord, acts_header, check_size
@@ -29,7 +30,7 @@ _POOL_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Store:
+class Store(PlannedRows):
     """Rows of activations on disk. Make one with ``Store.open``."""
 
     place: Place
@@ -77,9 +78,9 @@ class Store:
         return cls(place, plan, shards, manifest)
 
     @property
-    def sites(self) -> list[Site]:
-        """The sites, in the order of a forward pass."""
-        return list(self.plan.sites)
+    def name(self) -> str:
+        """Its folder or URL."""
+        return self.place.name
 
     @property
     def rows(self) -> int:
@@ -90,19 +91,6 @@ class Store:
 
     def __len__(self) -> int:
         return self.rows
-
-    def check_site(self, site: Site | str) -> Site:
-        """The site as a value; raises InputError when it was not harvested."""
-        site = Site.parse(site)
-        if site not in self.plan.sites:
-            raise InputError(
-                f"no activations of {site} in {self.place.name}; there are {', '.join(map(str, self.sites))}."
-            )
-        return site
-
-    def width(self, site: Site | str) -> int:
-        """Width of a site's activations."""
-        return self.plan.sites[self.check_site(site)].width
 
     def statistics(self, site: Site | str) -> SiteStatistics:
         """Mean, second moment and norms over all rows of the store, whatever the split; raises FormatError while the
@@ -146,14 +134,8 @@ class Store:
         reader = StoreReader(contents, wanted, seed, reading, threads, origin)
         return Stream(reader, wanted, batch_size, seed, start=start or Position(), epochs=epochs, device=device)
 
-    def batches(
-        self, sites: Sequence[Site], batch_size: int, seed: int = 0, epoch: int = 0
-    ) -> Iterator[dict[Site, Float[Tensor, "batch _"]]]:
-        """Every row once, in an order given by ``seed`` and ``epoch``: what the trainer reads."""
-        return self.stream(sites, batch_size, seed, start=Position(epoch), epochs=1)
-
     def reading(self, sites: Sequence[Site]) -> Reading:
-        """How much is mixed at a time by default: 2**18 rows, fewer where they would take more than 512 MiB."""
+        """How much is mixed at a time by default: 2**17 rows, fewer where they would take more than 512 MiB."""
         row_bytes = ITEM_BYTES[self.plan.dtype] * sum(self.width(site) for site in sites)
         usual = Reading()
         return replace(usual, pool_rows=max(usual.block_rows, min(usual.pool_rows, _POOL_BYTES // max(row_bytes, 1))))

@@ -4,7 +4,7 @@ Units of the source are permuted, a few at a time are open, their documents are 
 rows of a pool are permuted: the shuffle of a store, with a forward pass in the place of a read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,11 +13,11 @@ import torch
 from gemscope.activations.order import LIVE_ROWS, LIVE_TEXTS, LIVE_UNITS, Position
 from gemscope.activations.pieces import encode
 from gemscope.activations.plan import HarvestConfig, Plan, make_plan
+from gemscope.activations.planned import PlannedRows
 from gemscope.activations.sets import document_share
 from gemscope.activations.sources import Source, Text
 from gemscope.activations.stream import Origin, Pool, Stream
 from gemscope.activations.units import Bucket, fill
-from gemscope.core.arrays import Float, Tensor
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
 from gemscope.models.gemma import Gemma
@@ -28,7 +28,7 @@ _OPEN_UNITS = 8
 
 
 @dataclass(frozen=True, eq=False)
-class LiveActivations:
+class LiveActivations(PlannedRows):
     """Rows of activations computed on the fly. Make one with ``LiveActivations.of``."""
 
     gemma: Gemma
@@ -52,9 +52,9 @@ class LiveActivations:
         return cls(gemma, source, replace(plan, unit_documents=unit), rows)
 
     @property
-    def sites(self) -> list[Site]:
-        """The sites, in the order of a forward pass."""
-        return list(self.plan.sites)
+    def name(self) -> str:
+        """What it is."""
+        return "this stream"
 
     @property
     def rows(self) -> int:
@@ -64,17 +64,6 @@ class LiveActivations:
             return round(whole)
         held_out, share, _ = self.side
         return round(whole * (share if held_out else 1 - share))
-
-    def check_site(self, site: Site | str) -> Site:
-        """The site as a value; raises InputError when it was not asked for."""
-        site = Site.parse(site)
-        if site not in self.plan.sites:
-            raise InputError(f"no activations of {site} here; there are {', '.join(map(str, self.sites))}.")
-        return site
-
-    def width(self, site: Site | str) -> int:
-        """Width of a site's activations."""
-        return self.plan.sites[self.check_site(site)].width
 
     def split(self, held_out: float, seed: int = 0) -> tuple["LiveActivations", "LiveActivations"]:
         """(training side, held-out side), by document, as a store of the same documents is split."""
@@ -99,12 +88,6 @@ class LiveActivations:
         wanted = [self.check_site(site) for site in sites]
         reader = _LiveReader(self, wanted, seed)
         return Stream(reader, wanted, batch_size, seed, start=start or Position(), epochs=epochs, device=device)
-
-    def batches(
-        self, sites: Sequence[Site], batch_size: int, seed: int = 0, epoch: int = 0
-    ) -> Iterator[dict[Site, Float[Tensor, "batch _"]]]:
-        """Every row once, in an order given by ``seed`` and ``epoch``: what the trainer reads."""
-        return self.stream(sites, batch_size, seed, start=Position(epoch), epochs=1)
 
     def wanted(self, document: int) -> bool:
         """Whether a document is on this side."""

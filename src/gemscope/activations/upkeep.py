@@ -106,7 +106,8 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] | None = Non
         for name, one in record["files"].items():
             wanted = FileRecord(one["bytes"], one["crc32"])
             if (problem := check_file(folder / name, wanted, _expected_header(plan, record, name))) is not None:
-                problems.append(problem)
+                there = folder / record_name(record["unit"])
+                problems.append(f"{problem}; delete {there} and run the same harvest again")
             done += wanted.bytes
             if progress is not None:
                 progress(done, total)

@@ -153,9 +153,8 @@ def _load_layer(folder: Path, config: Mapping[str, Any], file: Path, site: Site 
     activation = _activation(config, folder, has_threshold=threshold is not None)
     reads, gain, doubts = _hook(config, "feature_input_hook", layer, folder)
     writes = _hook(config, "feature_output_hook", layer, folder)[0]
-    W_enc = tensors["W_enc"].T.contiguous()
     skip = tensors["W_skip"].T.contiguous() if "W_skip" in tensors else None
-    weights = (W_enc, tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], threshold)
+    weights = (tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], threshold)
     dictionary = make(file, lambda: single(weights, skip, is_sae=False, activation=activation))
     kept = {NAME: {"config": dict(config), "metadata": metadata, "threshold": names[0] if names else None}}
     about: dict[str, Any] = {
@@ -180,7 +179,7 @@ def _load_clt(folder: Path, config: Mapping[str, Any], model: str | None) -> Loa
     for at, (tensors, _, _) in enumerate(layers):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         sizes |= check_shapes(
-            shapes, axes | {"W_dec_": ("d_sae", count - at, "d_out")}, f"layer {at} of {folder}", sizes
+            shapes, axes | {"W_dec_": (count - at, "d_sae", "d_out")}, f"layer {at} of {folder}", sizes
         )
     dtypes = {tensor.dtype for tensors, _, _ in layers for tensor in tensors.values()}
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
@@ -190,9 +189,8 @@ def _load_clt(folder: Path, config: Mapping[str, Any], model: str | None) -> Loa
         pairs = [clamp_threshold(tensor, f"{folder}, layer {i}") for i, tensor in enumerate(lists["threshold_"])]
         threshold, clamped = [tensor for tensor, _ in pairs], tuple(note for _, notes in pairs for note in notes)
     activation = _activation(config, folder, has_threshold=threshold is not None)
-    W_enc = [tensor.T.contiguous() for tensor in lists["W_enc_"]]
-    W_dec = [tensor.transpose(0, 1).contiguous() for tensor in lists["W_dec_"]]
-    weights = (W_enc, lists["b_enc_"], W_dec, lists["b_dec_"], threshold, lists.get("W_skip_"))
+    W_enc = [tensor.T for tensor in lists["W_enc_"]]
+    weights = (W_enc, lists["b_enc_"], lists["W_dec_"], lists["b_dec_"], threshold, lists.get("W_skip_"))
     dictionary = make(folder, lambda: CrossLayerTranscoder(*weights, activation=activation))
     into = [_hook(config, "feature_input_hook", i, folder) for i in range(count)]
     out = [_hook(config, "feature_output_hook", i, folder)[0] for i in range(count)]
@@ -204,13 +202,14 @@ def _load_clt(folder: Path, config: Mapping[str, Any], model: str | None) -> Loa
 
 
 def _clt_layer(folder: Path, at: int, count: int) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
-    """The tensors of one layer by their names without the number."""
+    """The tensors of one layer by their names without the number, the decoder as [layers, d_sae, d_out]."""
     files = [folder / name.format(at) for name in (ENCODER_FILE, DECODER_FILE)]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise FormatError(f"{' and '.join(missing)} of {count} layers is missing; fetch it again.")
     named = [{name.format(at): axes for name, axes in part.items()} for part in (ENCODER, ENCODER_MORE, DECODER)]
     tensors, metadata, odd = take(files[0], named[0], named[1])
     decoder, _, more = take(files[1], named[2])
+    decoder = {name: tensor.transpose(0, 1).contiguous() for name, tensor in decoder.items()}
     found = {name.removesuffix(str(at)): tensor for name, tensor in (tensors | decoder).items()}
     return found, metadata, (*odd, *more)
 

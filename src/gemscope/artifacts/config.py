@@ -77,8 +77,14 @@ class DictionaryConfig:
             raise FormatError(f"{len(self.reads)} sites are read and {len(self.writes)} written; name one of each.")
         if self.kind not in MULTI and len(self.reads) != 1:
             raise FormatError(f"a dictionary of kind {self.kind!r} reads one site, not {len(self.reads)}.")
-        if self.kind in ("sae", "crosscoder") and (self.reads != self.writes or self.d_in != self.d_out):
-            raise FormatError(f"a dictionary of kind {self.kind!r} writes what it reads, but other sites are named.")
+        if self.kind in ("sae", "crosscoder"):
+            if self.reads != self.writes:
+                raise FormatError(f"a dictionary of kind {self.kind!r} writes what it reads, not {self.writes[0]}.")
+            if self.d_in != self.d_out:
+                raise FormatError(
+                    f"a dictionary of kind {self.kind!r} writes what it reads, but its widths are {self.d_in} and"
+                    f" {self.d_out}."
+                )
 
     @property
     def site(self) -> Site:

@@ -54,6 +54,8 @@ def free_folder(folder: Path | str) -> Path:
     path = Path(folder)
     if not path.name or path.name == ".." or "\0" in path.name:
         raise InputError(f"{str(folder)!r} names no new folder; give one, as in out/my-dictionary.")
+    if ".." in path.parts[sum(part == ".." for part in path.parts) :]:
+        raise InputError(f"{str(folder)!r} goes into a folder and out of it again; give the name without '..' in it.")
     try:
         os.fsencode(path)
         if path.is_symlink():

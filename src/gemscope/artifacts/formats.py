@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gemscope.artifacts import circuit_tracer, gemma_scope_1, gemma_scope_2, native, saelens
 from gemscope.artifacts.config import AnyDictionary, DictionaryConfig, Loaded
+from gemscope.artifacts.lazy import LazyDictionary, held
 from gemscope.core.errors import FormatError, InputError
 from gemscope.core.sites import Site
 
@@ -26,6 +27,8 @@ class Format:
     """Path, site and model (None: what the files say)."""
     save: Writer
     """Returns what is lost, one sentence each."""
+    open_lazy: Callable[[Path, Site | None, str | None], LazyDictionary] | None = None
+    """As ``load``, with the weights left on disk; None where that cannot be."""
 
 
 def _detect_native(path: Path) -> bool:
@@ -34,17 +37,25 @@ def _detect_native(path: Path) -> bool:
 
 def _load_native(path: Path, site: Site | None, model: str | None) -> Loaded:
     loaded = native.load(path.parent if path.is_file() else path)
-    if site is None and model is None:
-        return loaded
+    return replace(loaded, config=_replaced(loaded.config, site, model))
+
+
+def _open_native(path: Path, site: Site | None, model: str | None) -> LazyDictionary:
+    lazy = native.open_lazy(path.parent if path.is_file() else path)
+    lazy.config = _replaced(lazy.config, site, model)
+    return lazy
+
+
+def _replaced(config: DictionaryConfig, site: Site | None, model: str | None) -> DictionaryConfig:
     about = {} if site is None else {"reads": (site,), "writes": (site,)}
-    return replace(loaded, config=replace(loaded.config, **about, model=model or loaded.config.model))
+    return replace(config, **about, model=model or config.model)
 
 
 def _save_native(folder: Path, dictionary: AnyDictionary, config: DictionaryConfig) -> tuple[str, ...]:
     return native.save(folder, dictionary, config)
 
 
-NATIVE = Format("gemscope", "gemscope's own", _detect_native, _load_native, _save_native)
+NATIVE = Format("gemscope", "gemscope's own", _detect_native, _load_native, _save_native, _open_native)
 FORMATS: dict[str, Format] = {
     one.name: one
     for one in (
@@ -55,6 +66,7 @@ FORMATS: dict[str, Format] = {
             gemma_scope_2.detect,
             lambda path, site, model: gemma_scope_2.load(path, site=site, model=model),
             gemma_scope_2.save,
+            lambda path, site, model: gemma_scope_2.open_lazy(path, site=site, model=model),
         ),
         Format(
             gemma_scope_1.NAME,
@@ -120,6 +132,20 @@ def load(
     place = None if site is None else Site.parse(site)
     try:
         return chosen.load(Path(path), place, model)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot read {str(path)!r} ({error}); check the path.") from error
+
+
+def open_lazy(path: Path | str, *, site: Site | str | None = None, model: str | None = None) -> LazyDictionary:
+    """One dictionary in any format with its weights left on disk; of formats that cannot be read by range, and of those
+    whose weights must be folded, all is read. ``site`` and ``model`` as in ``load``, and so are the errors.
+    """
+    chosen = detect(path)
+    if chosen.open_lazy is None:
+        return held(load(path, site=site, model=model), path)
+    place = None if site is None else Site.parse(site)
+    try:
+        return chosen.open_lazy(Path(path), place, model)
     except (OSError, ValueError) as error:
         raise FormatError(f"cannot read {str(path)!r} ({error}); check the path.") from error
 

@@ -5,19 +5,22 @@ Notable:
 - ``affine_skip_connection`` is [d_in, d_out] and is not transposed: recon += x @ affine_skip_connection;
 - the decoder of position l is stored for all n positions [d_sae, n, d_out]; what it has below l is not used by the
   formula: ignored with a warning when it is not zero, written as zeros;
-- a config that is missing or odd is completed from the path (``gemma_scope_paths``);
+- a config that is missing or odd is completed from the path (``gemma_scope_paths``), the L0 target too;
 - ``width`` in the config counts the latents of all positions together.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemscope.artifacts.config import AnyDictionary, DictionaryConfig, Loaded
+from gemscope.artifacts.config import DTYPES, AnyDictionary, DictionaryConfig, Loaded
+from gemscope.artifacts.config import MULTI as MULTI_KINDS
 from gemscope.artifacts.gemma_scope_paths import Place, model_name, place_2
 from gemscope.artifacts.hooks import hook_point, read_hook_point
+from gemscope.artifacts.lazy import LazyDictionary, Table
 from gemscope.artifacts.making import lost_fields, make, single
 from gemscope.artifacts.reading import (
     Axes,
@@ -31,7 +34,6 @@ from gemscope.artifacts.reading import (
     read,
     shapes_of,
     shown,
-    take,
     text,
     whole,
 )
@@ -40,6 +42,7 @@ from gemscope.core.errors import FormatError, InputError
 from gemscope.core.files import atomic_folder, read_json, write_json, write_tensors
 from gemscope.core.sites import Site
 from gemscope.core.tensor_files import TensorFile
+from gemscope.dictionaries.activation import JUMPRELU
 from gemscope.dictionaries.multilayer import Crosscoder, CrossLayerTranscoder, MultiLayer
 from gemscope.dictionaries.single import SingleLayer
 
@@ -80,12 +83,57 @@ def load(path: Path | str, *, site: Site | None = None, model: str | None = None
     caller says where the dictionary belongs.
     """
     folder = Path(path).parent if Path(path).is_file() else Path(path)
-    raw = _config(folder)
-    if (folder / WEIGHTS_FILE).is_file():
-        return _load_single(folder, raw, site, model)
-    if (folder / LAYER_FILE.format(0)).is_file():
-        return _load_multi(folder, raw, model)
-    raise FormatError(f"{folder} has neither {WEIGHTS_FILE} nor {LAYER_FILE.format(0)}; fetch the weights too.")
+    found = _open(folder, site, model)
+    dtype = DTYPES[found.config.dtype]
+    layers = [_layer(file, at, found.sizes, dtype) for at, file in enumerate(found.files)]
+    lists = {name: [tensors[name] for tensors, _ in layers] for name in layers[0][0]}
+    weights = (lists["w_enc"], lists["b_enc"], lists["w_dec"], lists["b_dec"], lists["threshold"])
+    skips = lists.get("affine_skip_connection")
+    kind = found.config.kind
+
+    def build() -> AnyDictionary:
+        if kind not in MULTI_KINDS:
+            W_enc, b_enc, W_dec, b_dec, threshold = (tensors[0] for tensors in weights)
+            skip = None if skips is None else skips[0]
+            return single((W_enc, b_enc, W_dec, b_dec, threshold), skip, is_sae=kind == "sae")
+        return Crosscoder(*weights) if kind == "crosscoder" else CrossLayerTranscoder(*weights, W_skip=skips)
+
+    odd = tuple(note for _, notes in layers for note in notes)
+    return Loaded(make(folder, build), found.config, NAME, (*found.warnings, *odd))
+
+
+def open_lazy(path: Path | str, *, site: Site | None = None, model: str | None = None) -> LazyDictionary:
+    """The same folder with its weights left on disk: only the headers are read.
+
+    Raises FormatError as ``load`` does, as far as headers and config tell.
+    """
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    found = _open(folder, site, model)
+    n = len(found.files)
+    tables: dict[str, Table] = {}
+    for at, file in enumerate(found.files):
+        tables |= {f"{name}.{at}": Table(file, name) for name in ("b_enc", "b_dec", "threshold")}
+        tables[f"W_enc.{at}"] = Table(file, "w_enc", transposed=True)
+        tables |= {f"W_dec.{at}.{out}": Table(file, "w_dec", out, n) for out in range(at, n)}
+        if "affine_skip_connection" in file.entries:
+            tables[f"W_skip.{at}"] = Table(file, "affine_skip_connection")
+    return LazyDictionary(
+        found.config,
+        tables,
+        lambda: load(folder, site=site, model=model).dictionary,
+        format=NAME,
+        warnings=found.warnings,
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A folder of which only config and headers were read."""
+
+    files: tuple[TensorFile, ...]
+    sizes: Mapping[str, int]
+    config: DictionaryConfig
+    warnings: tuple[str, ...]
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
@@ -106,77 +154,90 @@ def _config(folder: Path) -> dict[str, Any] | None:
     return raw
 
 
-def _load_single(folder: Path, raw: dict[str, Any] | None, site: Site | None, model: str | None) -> Loaded:
-    tensors, metadata, odd = take(folder / WEIGHTS_FILE, SINGLE, SKIP)
-    threshold, clamped = clamp_threshold(tensors["threshold"], folder / WEIGHTS_FILE)
+def _open(folder: Path, site: Site | None, model: str | None) -> _Opened:
+    """Everything that config, path and headers say; see ``load``."""
+    raw = _config(folder)
+    is_single = (folder / WEIGHTS_FILE).is_file()
+    files, sizes = _headers(folder, is_single)
+    checked = [check_dtypes(file) for file in files]
+    odd = tuple(note for _, notes in checked for note in notes)
+    dtype = "bfloat16" if {kept for kept, _ in checked} == {torch.bfloat16} else "float32"
     place = place_2(folder)
-    reads, writes, notes = _sites(folder, raw, place, 1)
-    if site is not None:
+    reads, writes, notes = _sites(folder, raw, place, len(files))
+    if site is not None and is_single:
         reads, writes = (site,), (site,) if reads == writes else (Site(writes[0].name, site.layer),)
-    affine = "affine_skip_connection" in tensors
-    notes += _affine(folder, raw, place, affine)
-    if reads == writes and affine:
-        raise FormatError(f"{folder} is an SAE with an affine_skip_connection, which no SAE has; fetch it again.")
-    if raw is not None and raw.get("type") in ("sae", "transcoder") and (raw["type"] == "sae") != (reads == writes):
-        raise FormatError(f"{folder / CONFIG_FILE} says {raw['type']!r}, but reads {reads[0]} and writes {writes[0]}.")
-    weights = (tensors["w_enc"], tensors["b_enc"], tensors["w_dec"], tensors["b_dec"], threshold)
-    skip = tensors.get("affine_skip_connection")
-    dictionary = make(folder, lambda: single(weights, skip, is_sae=reads == writes))
-    return _loaded(folder, raw, place, dictionary, reads, writes, model, metadata, (*odd, *clamped, *notes))
+    has_skip = "affine_skip_connection" in files[0].entries
+    notes += _affine(folder, raw, place, has_skip)
+    kind = _kind(folder, raw, is_single, reads == writes, has_skip)
+    if reads == writes and sizes["d_in"] != sizes["d_out"]:
+        widths = f"{sizes['d_in']} numbers and writes {sizes['d_out']}"
+        raise FormatError(f"{folder} should reconstruct {reads[0]}, but reads {widths}; the files do not belong there.")
+    about, doubts = _about(folder, raw, place, len(files) * sizes["d_sae"], model)
+    kept = {NAME: {"config": raw, "metadata": dict(files[0].metadata)}}
+    shape = {name: sizes[name] for name in ("d_in", "d_out", "d_sae")}
+    config = DictionaryConfig(kind, JUMPRELU, **shape, dtype=dtype, reads=reads, writes=writes, **about, extra=kept)
+    return _Opened(files, sizes, config, (*odd, *notes, *doubts))
 
 
-def _load_multi(folder: Path, raw: dict[str, Any] | None, model: str | None) -> Loaded:
-    with TensorFile(folder / LAYER_FILE.format(0)) as first:
-        check_names(first.entries, MULTI, SKIP, first.path)
-        sizes = check_shapes(shapes_of(first), {**MULTI, **SKIP}, first.path)
-        has_skip = "affine_skip_connection" in first.entries
-    n = sizes["n"]
-    missing = [name for i in range(n) if not (folder / (name := LAYER_FILE.format(i))).is_file()]
-    if missing:
+def _headers(folder: Path, is_single: bool) -> tuple[tuple[TensorFile, ...], dict[str, int]]:
+    """The files, open, and the sizes on which all their tensors agree."""
+    name = WEIGHTS_FILE if is_single else LAYER_FILE.format(0)
+    if not (folder / name).is_file():
+        raise FormatError(f"{folder} has neither {WEIGHTS_FILE} nor {LAYER_FILE.format(0)}; fetch the weights too.")
+    layout = SINGLE if is_single else MULTI
+    first = TensorFile(folder / name)
+    check_names(first.entries, layout, SKIP, first.path)
+    sizes = check_shapes(shapes_of(first), {**layout, **SKIP}, first.path)
+    if is_single:
+        return (first,), sizes
+    names = [LAYER_FILE.format(i) for i in range(sizes["n"])]
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise FormatError(
-            f"{folder} lacks {', '.join(missing[:4])}: its decoders write to {n} layers, so it needs {n} files."
+            f"{folder} lacks {', '.join(missing[:4])}: its decoders write to {len(names)} layers, so it needs"
+            f" {len(names)} files."
         )
-    files = [_layer(folder, i, sizes, has_skip) for i in range(n)]
-    dtypes = {tensor.dtype for tensors, _, _ in files for tensor in tensors.values()}
-    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
-    lists = {name: [tensors[name].to(dtype) for tensors, _, _ in files] for name in files[0][0]}
-    place = place_2(folder)
-    reads, writes, notes = _sites(folder, raw, place, n)
-    notes += tuple(note for _, _, odd in files for note in odd) + _affine(folder, raw, place, has_skip)
-    weights = (lists["w_enc"], lists["b_enc"], lists["w_dec"], lists["b_dec"], lists["threshold"])
-    if reads == writes and has_skip:
-        raise FormatError(f"{folder} is a crosscoder with an affine_skip_connection, which none has; fetch it again.")
-    if raw is not None and raw.get("type") in _TYPES[2:] and (raw["type"] == "crosscoder") != (reads == writes):
-        raise FormatError(f"{folder / CONFIG_FILE} says {raw['type']!r}, but reads {reads[0]} and writes {writes[0]}.")
-    skips = lists.get("affine_skip_connection")
-    dictionary = make(
-        folder, lambda: Crosscoder(*weights) if reads == writes else CrossLayerTranscoder(*weights, W_skip=skips)
-    )
-    return _loaded(folder, raw, place, dictionary, reads, writes, model, files[0][1], notes)
+    files = (first, *(TensorFile(folder / name) for name in names[1:]))
+    wanted = layout | SKIP if "affine_skip_connection" in first.entries else layout
+    for file in files:
+        check_names(file.entries, wanted, (), file.path)
+        check_shapes(shapes_of(file), wanted, file.path, sizes)
+    return files, sizes
+
+
+def _kind(folder: Path, raw: dict[str, Any] | None, is_single: bool, is_same: bool, has_skip: bool) -> str:
+    """By files and sites; raises FormatError when the config says another."""
+    if is_same and has_skip:
+        what = "an SAE" if is_single else "a crosscoder"
+        raise FormatError(f"{folder} is {what} with an affine_skip_connection, which none has; fetch it again.")
+    known = ("sae", "transcoder") if is_single else ("crosscoder", "clt")
+    kind = known[not is_same]
+    said = (raw or {}).get("type", kind)
+    if said in known and said != kind:
+        raise FormatError(
+            f"{folder / CONFIG_FILE} says {said!r}, but what it reads and writes makes it a {kind}; fetch it again."
+        )
+    return "skip_transcoder" if is_single and has_skip else kind
 
 
 def _layer(
-    folder: Path, at: int, sizes: Mapping[str, int], has_skip: bool
-) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
-    """The tensors of position ``at``, the decoder as [n - at, d_sae, d_out]: only what the formula uses."""
-    path = folder / LAYER_FILE.format(at)
-    layout = MULTI | SKIP if has_skip else MULTI
-    with TensorFile(path) as file:
-        check_names(file.entries, layout, (), path)
-        check_shapes(shapes_of(file), layout, path, sizes)
-        dtype, odd = check_dtypes(file)
-        tensors = {name: read(file, name, dtype) for name in layout if name != "w_dec"}
-        tensors["threshold"], clamped = clamp_threshold(tensors["threshold"], path)
+    file: TensorFile, at: int, sizes: Mapping[str, int], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of position ``at``, the decoder of several as [n - at, d_sae, d_out]: only what the formula uses."""
+    with file:
+        tensors = {name: read(file, name, dtype) for name in file.entries if name != "w_dec" or "n" not in sizes}
+        tensors["threshold"], clamped = clamp_threshold(tensors["threshold"], file.path)
+        if "n" not in sizes:
+            return tensors, clamped
         n, d_sae, d_out = sizes["n"], sizes["d_sae"], sizes["d_out"]
         used, unused = torch.empty(n - at, d_sae, d_out, dtype=dtype), 0
         for start in range(0, d_sae, _ROWS):
             stop = min(start + _ROWS, d_sae)
             rows = file.block("w_dec", start * n, stop * n).view(-1, n, d_out)
-            used[:, start:stop] = check_finite(rows[:, at:].to(dtype), "w_dec", path).transpose(0, 1)
+            used[:, start:stop] = check_finite(rows[:, at:].to(dtype), "w_dec", file.path).transpose(0, 1)
             unused += int(rows[:, :at].count_nonzero())
         tensors["w_dec"] = used
-        note = f"w_dec in {path} has {unused} numbers for layers before its own; the formula does not use them."
-        return tensors, dict(file.metadata), (*odd, *clamped, *((note,) if unused else ()))
+        note = f"w_dec in {file.path} has {unused} numbers for layers before its own; the formula does not use them."
+        return tensors, (*clamped, *((note,) if unused else ()))
 
 
 def _sites(
@@ -200,7 +261,8 @@ def _sites(
             f"{folder} has no {CONFIG_FILE} with hook points, and its path does not say where it belongs; keep the"
             " names of the release, as in resid_post/layer_12_width_16k_l0_small."
         )
-    return *by_path, (f"{folder} has no config with hook points; the site was read off its path.",)
+    found = "the site was" if place.l0 is None or "l0" in (raw or {}) else "the site and the L0 target were"
+    return *by_path, (f"{folder} has no config with hook points; {found} read off its path.",)
 
 
 def _sites_of_path(place: Place, n: int) -> tuple[tuple[Site, ...], tuple[Site, ...]] | None:
@@ -221,31 +283,21 @@ def _affine(folder: Path, raw: dict[str, Any] | None, place: Place, present: boo
     return ()
 
 
-def _loaded(
-    folder: Path,
-    raw: dict[str, Any] | None,
-    place: Place,
-    dictionary: AnyDictionary,
-    reads: tuple[Site, ...],
-    writes: tuple[Site, ...],
-    model: str | None,
-    metadata: dict[str, str],
-    warnings: tuple[str, ...],
-) -> Loaded:
+def _about(
+    folder: Path, raw: dict[str, Any] | None, place: Place, width: int, model: str | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Model and L0 target, by the config or else by the path; and whether the number of latents is the one named."""
     where, given = folder / CONFIG_FILE, raw or {}
     named = (
         place.model if given.get("model_name") is None else model_name(text(given["model_name"], "model_name", where))
     )
     if (name := model or named) is None:
         raise FormatError(f"neither the config nor the path of {folder} names a model; name it, as in --model NAME.")
-    width = len(reads) * dictionary.d_sae
     said = place.width if given.get("width") is None else whole(given["width"], "width", where)
+    doubts: tuple[str, ...] = ()
     if raw is not None and said is not None and said != width:
-        warnings = (*warnings, f"{where} says {said} latents, the tensors have {width}; the tensors were believed.")
-    l0 = number(given.get("l0"), "l0", where)
-    kept = {NAME: {"config": raw, "metadata": metadata}}
-    config = DictionaryConfig.of(dictionary, reads, writes, model=name, l0=l0, extra=kept)
-    return Loaded(dictionary, config, NAME, warnings)
+        doubts = (f"{where} says {said} latents, the tensors have {width}; the tensors were believed.",)
+    return {"model": name, "l0": number(given.get("l0", place.l0), "l0", where)}, doubts
 
 
 def save(folder: Path | str, dictionary: AnyDictionary, config: DictionaryConfig) -> tuple[str, ...]:

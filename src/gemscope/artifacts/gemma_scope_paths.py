@@ -9,19 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemscope.artifacts.catalogue.artifact import WIDTHS
+from gemscope.artifacts.catalogue.scope2 import JOINT_L0, L0_NAMES, SIZES, l0_target
 from gemscope.core.sites import Site
-
-WIDTHS = {
-    "4k": 4096,
-    "16k": 16384,
-    "32k": 32768,
-    "65k": 65536,
-    "131k": 131072,
-    "262k": 262144,
-    "524k": 524288,
-    "1m": 1048576,
-}
-"""Widths as folder names spell them."""
 
 _REPO_2 = re.compile(r"(?:.*--)?gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)")
 _REPO_1 = re.compile(r"(?:.*--)?gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)(?:-canonical)?")
@@ -54,7 +44,8 @@ class Place:
     model: str | None = None
     affine: bool = False
     width: int | None = None
-    l0: float | None = None
+    l0: int | float | None = None
+    """Gemma Scope 1: the measured mean. Gemma Scope 2: the target, by the rule of the release."""
 
 
 def model_name(name: str) -> str:
@@ -71,18 +62,22 @@ def place_2(folder: Path) -> Place:
     parts = folder.absolute().parts
     repo = _last(_REPO_2, parts)
     model = None if repo is None else model_name(f"gemma-3-{repo[1]}-{repo[2]}")
-    name, category = parts[-1], parts[-2].removesuffix("_all") if len(parts) > 1 else ""
+    name, top = parts[-1], parts[-2] if len(parts) > 1 else ""
+    category, every_layer = top.removesuffix("_all"), top.endswith("_all")
     into, out = _CATEGORIES.get(category, (None, None))
     if (single := _SINGLE.fullmatch(name)) is not None and into and out:
         layer, affine = int(single[1]), single[4] is not None
         kind = "sae" if into == out else "skip_transcoder" if affine else "transcoder"
         reads, writes = (Site(into, layer),), (Site(out, layer),)
-        return Place(kind, reads, writes, model, affine, WIDTHS.get(single[2]))
+        n_layers = 0 if repo is None else SIZES[repo[1]].n_layers
+        known = single[3] in L0_NAMES and layer < n_layers
+        l0 = l0_target(layer, n_layers, single[3], every_layer=every_layer) if known else None
+        return Place(kind, reads, writes, model, affine, WIDTHS.get(single[2]), l0)
     if (cross := _CROSS.fullmatch(name)) is not None:
         sites = tuple(Site("resid_post", int(layer)) for layer in cross[1].split("_"))
-        return Place("crosscoder", sites, sites, model, False, WIDTHS.get(cross[2]))
+        return Place("crosscoder", sites, sites, model, False, WIDTHS.get(cross[2]), JOINT_L0.get(cross[3]))
     if category == "clt" and (clt := _CLT.fullmatch(name)) is not None:
-        return Place("clt", None, None, model, clt[3] is not None, WIDTHS.get(clt[1]))
+        return Place("clt", None, None, model, clt[3] is not None, WIDTHS.get(clt[1]), JOINT_L0.get(clt[2]))
     return Place(model=model)
 
 

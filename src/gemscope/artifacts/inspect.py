@@ -1,5 +1,6 @@
 """What a dictionary on disk is, without a model: kind, place, sizes, memory, norms, thresholds, and what is odd."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,14 +8,14 @@ from typing import Any
 
 import torch
 
-from gemscope.artifacts import formats
-from gemscope.artifacts.config import AnyDictionary, Loaded
+from gemscope.artifacts import formats, native
+from gemscope.artifacts.config import DTYPES
 from gemscope.artifacts.examples import FILE as EXAMPLES_FILE
+from gemscope.artifacts.lazy import LazyDictionary, Table, norms
+from gemscope.artifacts.reading import clamp_threshold
 from gemscope.core.arrays import Float, Tensor
+from gemscope.core.errors import FormatError
 from gemscope.core.sites import Site
-from gemscope.dictionaries.multilayer import MultiLayer
-
-_CHUNK = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -88,22 +89,29 @@ class Inspection:
 
 
 def inspect(path: Path | str, *, site: Site | str | None = None, model: str | None = None) -> Inspection:
-    """Read a dictionary and say what it is; ``site`` and ``model`` as in ``formats.load``. Raises FormatError."""
-    return describe(formats.load(path, site=site, model=model), path)
+    """Say what a dictionary is; ``site`` and ``model`` as in ``formats.load``. Raises FormatError.
+
+    Native and Gemma Scope 2 files are read once, a slice at a time; what stays in memory are a few numbers per latent.
+    """
+    return describe(formats.open_lazy(path, site=site, model=model), path)
 
 
-def describe(loaded: Loaded, path: Path | str) -> Inspection:
-    """The same of a dictionary that is loaded already."""
-    dictionary, config = loaded.dictionary, loaded.config
-    reading = torch.cat([_norms(W.T) for W in _list(dictionary.W_enc)])
-    writing = torch.cat([_norms(table) for table in _own(dictionary)])
-    zero = _silent(dictionary)
-    thresholds = None if dictionary.threshold is None else torch.cat([t.float() for t in _list(dictionary.threshold)])
+def describe(lazy: LazyDictionary, path: Path | str) -> Inspection:
+    """The same of a dictionary that is open already."""
+    config, n = lazy.config, lazy.n_positions
+    reading = torch.cat([_lengths(lazy, [lazy.tables[f"W_enc.{at}"]])[0] for at in range(n)])
+    written = [_lengths(lazy, [lazy.tables[f"W_dec.{at}.{out}"] for out in range(at, n)]) for at in range(n)]
+    writing = torch.cat([outs[0] for outs in written])
+    zero = sum(int((torch.stack(outs).sum(0) == 0).sum()) for outs in written)
+    thresholds, clamped = _thresholds(lazy)
+    for name in lazy.tables:
+        if name.startswith(("b_enc", "b_dec", "W_skip")):
+            lazy.tables[name].whole()  # refuses a NaN
+    shapes = native.tensor_shapes(config, skip="W_skip.0" in lazy.tables)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    parameters = list(dictionary.named_parameters())
     return Inspection(
         path=str(path),
-        format=loaded.format,
+        format=lazy.format,
         kind=config.kind,
         activation=config.activation.kind,
         k=config.activation.k,
@@ -111,22 +119,48 @@ def describe(loaded: Loaded, path: Path | str) -> Inspection:
         reads=tuple(map(str, config.reads)),
         writes=tuple(map(str, config.writes)),
         read_gain=config.read_gain,
-        d_in=dictionary.d_in,
-        d_out=dictionary.d_out,
-        d_sae=dictionary.d_sae,
-        n_latents=dictionary.n_latents,
+        d_in=config.d_in,
+        d_out=config.d_out,
+        d_sae=config.d_sae,
+        n_latents=n * config.d_sae,
         l0=config.l0,
         prefixes=config.prefixes,
-        tensors=tuple(TensorShape(n, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for n, p in parameters),
-        bytes=sum(p.numel() * p.element_size() for _, p in parameters),
-        encode_bytes=1024 * dictionary.n_latents * 4,
+        tensors=tuple(_shape(name, shape, config.dtype) for name, shape in shapes.items()),
+        bytes=DTYPES[config.dtype].itemsize * sum(map(math.prod, shapes.values())),
+        encode_bytes=1024 * n * config.d_sae * 4,
         encoder_norms=Spread.of(reading),
         decoder_norms=Spread.of(writing),
         thresholds=None if thresholds is None else Spread.of(thresholds),
         zero_rows=zero,
         examples=(folder / EXAMPLES_FILE).is_file(),
-        warnings=(*loaded.warnings, *_odd(reading, writing, zero)),
+        warnings=(*lazy.warnings, *clamped, *_odd(reading, writing, zero)),
     )
+
+
+def _lengths(lazy: LazyDictionary, tables: Sequence[Table]) -> list[Tensor]:
+    """The length of every vector of tables that lie in one tensor, each [d_sae]; raises FormatError at a NaN."""
+    first = tables[0]
+    every = norms(first.file, first.name, columns=first.transposed)
+    found = [table.pick(every, lazy.config.d_sae) for table in tables]
+    if not all(bool(lengths.isfinite().all()) for lengths in found):
+        raise FormatError(f"{first.name} in {first.file.path} has a NaN or an infinity; train or fetch it again.")
+    return found
+
+
+def _thresholds(lazy: LazyDictionary) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Those of all positions, and what is odd about them."""
+    if not lazy.config.activation.has_threshold:
+        return None, ()
+    tables = [lazy.tables[f"threshold.{at}"] for at in range(lazy.n_positions)]
+    given = [table.whole().float() for table in tables]
+    odd = [clamp_threshold(values, table.file.path)[1] for values, table in zip(given, tables, strict=True)]
+    floors = [lazy.floor(values, table.file) for values, table in zip(given, tables, strict=True)]
+    return torch.cat(floors), tuple(note for notes in odd for note in notes)
+
+
+def _shape(name: str, shape: tuple[int, ...], dtype: str) -> TensorShape:
+    """A tensor as gemscope computes with it: the encoder is [d_in, d_sae], however it is stored."""
+    return TensorShape(name.replace("W_enc_T", "W_enc"), shape[::-1] if "W_enc_T" in name else shape, dtype)
 
 
 def _odd(reading: Tensor, writing: Tensor, zero: int) -> tuple[str, ...]:
@@ -139,22 +173,3 @@ def _odd(reading: Tensor, writing: Tensor, zero: int) -> tuple[str, ...]:
     if len(kept) and float(kept.max() / kept.median()) > 100:
         found.append("some decoder rows are over 100 times longer than the median; activations are not comparable.")
     return tuple(found)
-
-
-def _own(dictionary: AnyDictionary) -> list[Tensor]:
-    return [t[0] for t in dictionary.W_dec] if isinstance(dictionary, MultiLayer) else [dictionary.W_dec]
-
-
-def _silent(dictionary: AnyDictionary) -> int:
-    if not isinstance(dictionary, MultiLayer):
-        return int((_norms(dictionary.W_dec) == 0).sum())
-    return sum(int((torch.stack([_norms(t) for t in tables]).sum(0) == 0).sum()) for tables in dictionary.W_dec)
-
-
-def _list(given: "Tensor | Sequence[Tensor] | torch.nn.ParameterList") -> list[Tensor]:
-    return [given] if isinstance(given, Tensor) else list(given)
-
-
-def _norms(rows: Float[Tensor, "count d"]) -> Float[Tensor, " count"]:
-    """Length of each row, in fp32, some rows at a time."""
-    return torch.cat([part.detach().float().norm(dim=1) for part in rows.split(_CHUNK)])

@@ -4,16 +4,18 @@ Nothing is read before it is needed: opening reads the header of the file, ``dec
 ``encode_streamed`` the encoder once from its first byte to its last, a slice of latents at a time.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from gemscope.artifacts.config import AnyDictionary, DictionaryConfig
+from gemscope.artifacts.config import MULTI, AnyDictionary, DictionaryConfig, Loaded
 from gemscope.core.arrays import Float, Tensor
 from gemscope.core.errors import FormatError, InputError
-from gemscope.core.tensor_files import TensorFile, is_finite
+from gemscope.core.tensor_files import HeldTensors, TensorFile, is_finite
 from gemscope.dictionaries.base import Latents, chosen, product
 from gemscope.dictionaries.sparse import Slice, Support, decode_sparse, select
 
@@ -48,16 +50,60 @@ class Table:
             return self.rows(torch.arange(start, stop))
         return self.file.block(self.name, self.first + start, self.first + stop)
 
+    def pick(self, numbers: Tensor, count: int) -> Tensor:
+        """Those of its ``count`` rows, of numbers for every row of the tensor (for every column if ``transposed``)."""
+        return numbers[self.first :: self.step][:count]
+
     def whole(self) -> Tensor:
         """The tensor as it is stored."""
         return self.file.read(self.name, finite=True)
+
+
+def norms(file: TensorFile, name: str, *, columns: bool = False) -> Float[Tensor, " vectors"]:
+    """The length of every row of a tensor seen as a matrix, its last axis the width, or of every column; in float64.
+
+    Reads it once from its first byte to its last, ``MEMORY`` bytes at a time. A NaN makes its vector's length NaN.
+    """
+    entry = file.entry(name)
+    rows, width = math.prod(entry.shape[:-1]), entry.shape[-1]
+    step = max(1, MEMORY // (8 * width * 2))  # a block as it is stored, and its squares
+    found = torch.zeros(width, dtype=torch.float64) if columns else torch.empty(rows, dtype=torch.float64)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        squares = file.block(name, start, stop).double().square_()
+        if columns:
+            found += squares.sum(0)
+        else:
+            found[start:stop] = squares.sum(1)
+    return found.sqrt_()
+
+
+def held(loaded: Loaded, where: Path | str) -> "LazyDictionary":
+    """A dictionary that is in memory already behind the same reading side."""
+    dictionary, config = loaded.dictionary, loaded.config
+    tensors = {name: parameter.detach() for name, parameter in dictionary.named_parameters()}
+    file, tables, n = HeldTensors(tensors, where), dict[str, Table](), len(config.reads)
+    for at in range(n):
+        end = f".{at}" if config.kind in MULTI else ""
+        for name in ("b_enc", "b_dec", "threshold", "W_skip"):
+            if name + end in tensors:
+                tables[f"{name}.{at}"] = Table(file, name + end)
+        tables[f"W_enc.{at}"] = Table(file, f"W_enc{end}", transposed=True)
+        tables |= {f"W_dec.{at}.{m}": Table(file, f"W_dec{end}", (m - at) * config.d_sae) for m in range(at, n)}
+    return LazyDictionary(config, tables, lambda: dictionary, format=loaded.format, warnings=loaded.warnings)
 
 
 class LazyDictionary:
     """The reading side of a dictionary whose weights stay on disk; the results are those of the loaded one."""
 
     def __init__(
-        self, config: DictionaryConfig, tables: Mapping[str, Table], load: Callable[[], AnyDictionary]
+        self,
+        config: DictionaryConfig,
+        tables: Mapping[str, Table],
+        load: Callable[[], AnyDictionary],
+        *,
+        format: str = "gemscope",
+        warnings: tuple[str, ...] = (),
     ) -> None:
         """``tables`` are ``W_enc.{l}``, ``b_enc.{l}``, ``b_dec.{m}``, ``W_dec.{l}.{m}`` for m >= l and, where there
         are any, ``threshold.{l}`` and ``W_skip.{m}``; single-layer kinds have l = m = 0.
@@ -66,6 +112,10 @@ class LazyDictionary:
         self.tables = dict(tables)
         self.load = load
         """Read the whole dictionary into memory."""
+        self.format = format
+        """Name of the format of its files."""
+        self.warnings = warnings
+        """What config and headers have of odd, and how it was understood; one sentence each."""
         self.n_positions = len(config.reads)
         self._small: dict[str, Tensor] = {}
 
@@ -134,7 +184,7 @@ class LazyDictionary:
 
     @property
     def _is_multi(self) -> bool:
-        return self.config.kind in ("crosscoder", "clt")
+        return self.config.kind in MULTI
 
     def _rows(self, x: Tensor) -> Tensor:
         wanted = (self.n_positions, self.config.d_in) if self._is_multi else (self.config.d_in,)
@@ -168,9 +218,15 @@ class LazyDictionary:
     def _vector(self, name: str) -> Tensor:
         if name not in self._small:
             self._small[name] = self._computed(self.tables[name].whole())
-            if name.startswith("threshold") and bool((self._small[name] < 0).any()):
-                raise FormatError(f"{self.tables[name].file.path} holds a negative threshold; save or fetch it again.")
+            if name.startswith("threshold"):
+                self._small[name] = self.floor(self._small[name], self.tables[name].file)
         return self._small[name]
+
+    def floor(self, threshold: Tensor, file: TensorFile) -> Tensor:
+        """Thresholds below 0 are refused in our own files; in others they act as 0, as when those are loaded."""
+        if self.format == "gemscope" and bool((threshold < 0).any()):
+            raise FormatError(f"{file.path} holds a negative threshold; save or fetch it again.")
+        return threshold.clamp(min=0)
 
     @staticmethod
     def _computed(tensor: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from gemscope.dictionaries.base import Dictionary
 from gemscope.dictionaries.sae import SAE
 from gemscope.dictionaries.transcoder import SkipTranscoder, Transcoder
 
+FILES = ("gemma-scope-2", "gemma-scope-1", "saelens", "circuit-tracer")
+"""Formats that keep, under their name in ``extra``, how their own files said what the other fields hold."""
+
 _Made = TypeVar("_Made", bound=Dictionary | Activation)
 
 
@@ -39,7 +42,9 @@ def single(
 def lost_fields(config: DictionaryConfig, format: str, absent: Collection[str]) -> tuple[str, ...]:
     """The fields among ``absent`` (those that ``format`` cannot hold) in which ``config`` says something."""
     k = config.activation.k if config.activation.kind == "batchtopk" else None
-    others = sorted(set(config.extra) - {format})
+    beside = {name: value for name, value in config.extra.items() if name != format}
+    worded = sorted(name for name in beside if name in FILES and beside[name].get("config"))
+    others = sorted(name for name in beside if name not in FILES)
     said = {
         "model": f"the model ({config.model})",
         "site": f"the site ({config.site})",
@@ -49,5 +54,7 @@ def lost_fields(config: DictionaryConfig, format: str, absent: Collection[str]) 
         "k": f"BatchTopK's k ({k:g}), of which the threshold is kept," if k is not None else None,
         "provenance": "the provenance" if config.provenance else None,
         "extra": f"what was kept beside it ({', '.join(others)})" if others else None,
+        "wording": f"the config of the {' and '.join(worded)} files, word for word," if worded else None,
     }
+    absent = [*absent, *(["wording"] if "extra" in absent else [])]
     return tuple(f"{said[name]} is not written." for name in absent if said.get(name) is not None)

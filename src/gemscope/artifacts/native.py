@@ -17,7 +17,7 @@ from gemscope.core.arrays import Tensor
 from gemscope.core.errors import FormatError, InputError, SiteError
 from gemscope.core.files import atomic_folder, read_json, write_json, write_tensors
 from gemscope.core.sites import Site
-from gemscope.core.tensor_files import TensorFile, check_shapes
+from gemscope.core.tensor_files import TensorFile, check_shapes, is_finite
 from gemscope.dictionaries.activation import Activation, Kind
 from gemscope.dictionaries.multilayer import MultiLayer
 from gemscope.dictionaries.sae import SAE
@@ -58,6 +58,7 @@ def detect(path: Path | str) -> bool:
 def save(folder: Path | str, dictionary: AnyDictionary, config: DictionaryConfig) -> tuple[str, ...]:
     """Write ``dictionary``, which must apply to raw activations, in ``config.dtype``; a folder of that name is
     replaced as a whole. Nothing is lost but precision beyond that dtype; what is lost is returned, as sentences.
+    Meanwhile the encoder is in memory twice (it is stored transposed), and everything if the dtype changes.
 
     Raises InputError when ``config`` describes another dictionary, FormatError when a value is not finite or no
     plain JSON, StorageError when the disk is full or the place cannot be written.
@@ -65,7 +66,7 @@ def save(folder: Path | str, dictionary: AnyDictionary, config: DictionaryConfig
     _check_belongs(dictionary, config)
     tensors = _to_file(dictionary, DTYPES[config.dtype])
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise FormatError(f"{name} in the dictionary to be saved has a NaN or an infinity; train it again.")
     value = as_json(config)
     with atomic_folder(folder) as temporary:

@@ -19,6 +19,7 @@ from gemscope.core.files import atomic_path
 _BROKEN = (zipfile.BadZipFile, OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, OverflowError)
 _FLOATS = ("<f4", "<f2", "<f8")
 _HEADER = 1 << 16
+_CHUNK = 1 << 22
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
@@ -45,8 +46,12 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Tenso
             raise FormatError(
                 f"{info.filename} in {path} has {found} bytes, but its header asks for {size}; fetch it again."
             )
-        data = np.frombuffer(file.read(), dtype=dtype)
-    return torch.from_numpy(data.reshape(shape).astype(np.float32))
+        data = np.empty(shape, dtype)
+        into, done = data.reshape(-1).view(np.uint8), 0
+        while chunk := file.read(_CHUNK):
+            into[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
+            done += len(chunk)
+    return torch.from_numpy(data.astype(np.float32, copy=False))
 
 
 def _header(file: Any, name: str, path: Path) -> tuple[tuple[int, ...], "np.dtype[Any]"]:

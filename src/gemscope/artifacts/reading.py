@@ -119,7 +119,8 @@ def take(
 
 def read(file: TensorFile, name: str, dtype: torch.dtype) -> Tensor:
     """A whole tensor; raises FormatError when it holds a NaN or an infinity, also one that ``dtype`` makes of it."""
-    return check_finite(file.read(name).to(dtype), name, file.path)
+    found = file.read(name, finite=True)
+    return found if found.dtype == dtype else check_finite(found.to(dtype), name, file.path)
 
 
 def clamp_threshold(threshold: Tensor, where: object) -> tuple[Tensor, tuple[str, ...]]:

@@ -87,6 +87,8 @@ def inspection(found: "Inspection") -> "RenderableType":
 
 def _lines(found: "Inspection") -> list[tuple[str, str]]:
     """What is shown, line by line."""
+    from gemscope.cli.catalogue_view import size_text
+
     k = "" if found.k is None else f", k {found.k:g}"
     gain = "" if found.read_gain else " (without the norm's gain)"
     reads, writes = _sites(found.reads) + gain, _sites(found.writes)
@@ -101,7 +103,10 @@ def _lines(found: "Inspection") -> list[tuple[str, str]]:
         ("widths", f"{found.d_in:,} in, {found.d_out:,} out"),
         *([("L0 target", f"{found.l0:g}")] if found.l0 is not None else []),
         *([("prefixes", ", ".join(f"{n:,}" for n in found.prefixes))] if found.prefixes else []),
-        ("memory", f"{_size(found.bytes)}, and {_size(found.encode_bytes)} for the activations of 1,024 tokens"),
+        (
+            "memory",
+            f"{size_text(found.bytes)}, and {size_text(found.encode_bytes)} for the activations of 1,024 tokens",
+        ),
         ("encoder norms", _spread(found.encoder_norms)),
         ("decoder norms", _spread(found.decoder_norms)),
         *([("thresholds", _spread(found.thresholds))] if found.thresholds is not None else []),
@@ -120,13 +125,6 @@ def _spread(spread: "Spread") -> str:
     five = (spread.minimum, spread.quarter, spread.median, spread.three_quarters, spread.maximum)
     low, q1, median, q3, high = (f"{value:.4g}" for value in five)
     return f"{low} to {high}, median {median}, half of them {q1} to {q3}"
-
-
-def _size(count: int) -> str:
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.3g} {units[0]}"
 
 
 def conversion(done: "Conversion") -> "RenderableType":

@@ -1,6 +1,7 @@
 """``gemscope list`` and ``gemscope fetch``: the released dictionaries, shown and brought here."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -107,6 +108,9 @@ def fetch(
         said(summary(todo))
         with Bars(todo, quiet=as_json) as bars:
             records = bring(todo, bars)
+        if not as_json and todo.steps:
+            first = shlex.quote(str(todo.steps[0].target.parent))
+            said(f"look at {'it' if len(chosen) == 1 else 'one'} with: gemscope inspect {first}")
     if as_json:
         print(json.dumps(fetched_json(todo, records), indent=2))
 

@@ -129,10 +129,8 @@ def summary(plan: Plan) -> str:
     while not place.exists():
         place = place.parent
     free = size_text(shutil.disk_usage(place).free)
-    return (
-        f"{len(plan.steps):,} files, {size_text(plan.size)}; {size_text(plan.left)} to come into {plan.out}"
-        f" ({free} free)"
-    )
+    files = "1 file" if len(plan.steps) == 1 else f"{len(plan.steps):,} files"
+    return f"{files}, {size_text(plan.size)}; {size_text(plan.left)} to come into {plan.out} ({free} free)"
 
 
 def plan_text(plan: Plan) -> str:

@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,40 +12,29 @@ from gemscope.activations.harvesting import Estimate, HarvestProgress, estimate,
 from gemscope.activations.plan import HarvestConfig, make_plan
 from gemscope.activations.sources import Source
 from gemscope.activations.upkeep import StoreInfo, info
-from gemscope.cli.terminal import err, out
+from gemscope.cli.catalogue_view import size_text
+from gemscope.cli.terminal import Moving, err, out
 from gemscope.models.gemma import Gemma
 
 _EVERY = 60.0
 """Seconds between two lines where nothing moves."""
 
 
-class HarvestView:
+class HarvestView(Moving):
     """Shows a harvest: a bar on a terminal, a line a minute elsewhere."""
 
     def __init__(self) -> None:
-        self._console = err()
-        self._moving = self._console.is_terminal
-        self._shown = time.monotonic()
-        self._task = None
-        self._progress = Progress(
+        console = err()
+        columns = (
             TextColumn("harvest"),
             BarColumn(bar_width=22),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[rates]}", style="dim"),
             TimeElapsedColumn(),
-            console=self._console,
         )
-
-    def __enter__(self) -> "HarvestView":
-        if self._moving:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._moving:
-            self._progress.stop()
+        super().__init__(console, Progress(*columns, console=console))
+        self._shown = time.monotonic()
+        self._task = None
 
     def expect(self, expected: Estimate) -> None:
         """What it will take."""
@@ -79,9 +67,10 @@ def rates(now: HarvestProgress) -> str:
 
 def expectation(expected: Estimate) -> RenderableType:
     """Size, space, memory and time."""
+    left, free, memory = map(size_text, (expected.bytes_left, expected.bytes_free, expected.memory))
     lines = [
-        f"about {expected.rows:,} tokens in {expected.documents:,} documents: {_size(expected.bytes)}",
-        f"{_size(expected.bytes_left)} to write, {_size(expected.bytes_free)} free; {_size(expected.memory)} of memory",
+        f"about {expected.rows:,} tokens in {expected.documents:,} documents: {size_text(expected.bytes)}",
+        f"{left} to write, {free} free; at most {memory} of memory beside the model",
         f"{_clock(expected.seconds)} of forward passes here",
     ]
     return Text("\n".join(lines), style="dim")
@@ -104,7 +93,7 @@ def info_table(found: StoreInfo) -> RenderableType:
         ("store", found.folder + (" (being written)" if found.in_progress else "")),
         ("model", found.model),
         ("rows", f"{found.rows:,} from {found.documents:,} documents, in {units} units"),
-        ("size", f"{_size(found.bytes)}, {found.dtype}"),
+        ("size", f"{size_text(found.bytes)}, {found.dtype}"),
         ("outliers", f"{found.outliers:,}"),
         ("skipped", f"{found.skipped_documents:,} documents without readable text"),
     ]
@@ -116,14 +105,6 @@ def info_table(found: StoreInfo) -> RenderableType:
         table.add_row(site, str(width), f"{found.mean_norm[site]:.2f}" if site in found.mean_norm else "–")
     shown = [Text(f"{name:<10}", style="dim") + Text(value, style="not dim") for name, value in lines]
     return Group(*shown, Text(), table)
-
-
-def _size(count: int | float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
 
 
 def _clock(seconds: float) -> str:

@@ -6,6 +6,7 @@ moves and no control codes are written: a stage is then one line, printed when i
 
 import time
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +24,7 @@ from rich.text import Text
 from gemscope.suites.quickstart import StageProgress
 
 _WIDTH = 10
+_Shown = TypeVar("_Shown", bound="Moving")
 
 
 def out() -> Console:
@@ -46,26 +48,14 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:>9,.0f} {unit}/s" if speed else f"{'':>11}{unit}", style="dim")
 
 
-class StageBars:
-    """Shows the stages of a run; call it with each ``StageProgress``."""
+class Moving:
+    """What moves while a block runs, if there is a terminal to move on."""
 
-    def __init__(self) -> None:
-        self._console = err()
-        self._moving = self._console.is_terminal
-        self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
-        self._progress = Progress(
-            TextColumn("{task.description:<" + str(_WIDTH) + "}"),
-            BarColumn(bar_width=22),
-            TextColumn("{task.percentage:>3.0f}%"),
-            _Rate(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=self._console,
-            speed_estimate_period=10,
-        )
+    def __init__(self, console: Console, progress: Progress) -> None:
+        self._console, self._progress = console, progress
+        self._moving = console.is_terminal
 
-    def __enter__(self) -> "StageBars":
+    def __enter__(self: _Shown) -> _Shown:
         if self._moving:
             self._progress.start()
         return self
@@ -75,6 +65,24 @@ class StageBars:
     ) -> None:
         if self._moving:
             self._progress.stop()
+
+
+class StageBars(Moving):
+    """Shows the stages of a run; call it with each ``StageProgress``."""
+
+    def __init__(self) -> None:
+        console = err()
+        columns = (
+            TextColumn("{task.description:<" + str(_WIDTH) + "}"),
+            BarColumn(bar_width=22),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        super().__init__(console, Progress(*columns, console=console, speed_estimate_period=10))
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
 
     def __call__(self, now: StageProgress) -> None:
         """Take in where a stage stands."""

@@ -58,8 +58,7 @@ def train(
     Ctrl-C saves: the same command again goes on where it was.
     """
     if show:
-        _show_recipe(recipe, model, only or ())
-        return
+        return _show_recipe(recipe, model, only or ())
     rows = _given_rows(rows)
     given = _given(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     loaded = None if artefact is None else _loaded(artefact)
@@ -69,14 +68,13 @@ def train(
         configs = [_finetuning(loaded, l0, tuple(freeze or ()), given)]
     else:
         options = {"kind": kind, "target": target, "layers": layers, "activation": activation, "prefixes": prefixes}
-        flags = {"skip": skip, "tied": tied, "moments": "bfloat16" if bf16_moments else "float32", "offload": offload}
+        flags = {"skip": skip, "tied": tied, "offload": offload, "moments": "bfloat16" if bf16_moments else "float32"}
         axes: dict[str, Sequence[Any]] = {"d_sae": latents or [1024], "target_l0": l0 or [32.0], "seed": seed or [0]}
         configs = _sweep(rows, site or [], options, flags, axes, {**given, "frozen": tuple(freeze or ())})
     if plan:
-        _show_plan(rows, configs)
-    else:
-        logs = {"tensorboard": tensorboard, "wandb": wandb, "every": checkpoint_every}
-        _run(rows, out, configs, loaded, held_out, latent_shards, logs)
+        return _show_plan(rows, configs)
+    logs = {"tensorboard": tensorboard, "wandb": wandb, "every": checkpoint_every}
+    return _run(rows, out, configs, loaded, held_out, latent_shards, logs)
 
 
 def _given_rows(rows: Path | None) -> Path:

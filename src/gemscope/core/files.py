@@ -103,6 +103,8 @@ def atomic_folder(path: Path | str) -> Generator[Path]:
             old.unlink() if old.is_symlink() else shutil.rmtree(old)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, StorageError):  # of a file in the folder: name the place that was asked for
+            raise StorageError(str(error).replace(str(temporary), str(path))) from error.__cause__
         if (translated := _write_failed(path, error)) is not error:
             raise translated from error
         raise

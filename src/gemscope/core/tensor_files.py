@@ -11,7 +11,6 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,9 +29,6 @@ CHUNK = 1 << 24
 
 HUGE = 1 << 21
 """Bytes from which memory is asked of the system directly, in pages of this size, and given back when it is freed."""
-
-READERS = 2
-"""Reads in flight: one waits for the disk while the other copies and checks."""
 
 MAX_HEADER = 100 << 20
 """The limit of the format."""
@@ -120,28 +116,19 @@ class TensorFile:
     def read(self, name: str, *, finite: bool = False) -> Tensor:
         """A whole tensor; with ``finite`` a NaN or an infinity in it is a FormatError.
 
-        Chunks are read and checked side by side, each check while its chunk is in the cache; nothing else is allocated.
+        Each chunk is checked while it is in the cache and the system reads ahead; nothing else is allocated. One thread
+        on purpose: two that take chunks in turns mislead the system's reading ahead.
         """
         entry = self.entry(name)
         buffer = _memory(entry.nbytes)
         check = finite and entry.dtype.is_floating_point
         self._advise(entry.start, entry.nbytes, sequential=True)
-
-        def good(first: int) -> bool:
+        for first in range(0, entry.nbytes, CHUNK):
             chunk = buffer[first : first + CHUNK]
             self._into(chunk, entry.start + first)
-            return not check or is_finite(chunk.view(entry.dtype))
-
-        starts = range(0, entry.nbytes, CHUNK)
-        if len(starts) > 1:
-            with ThreadPoolExecutor(READERS) as pool:
-                fine = all(pool.map(good, starts))
-        else:
-            fine = all(map(good, starts))
-        if not fine:
-            raise FormatError(f"{name} in {self.path} has a NaN or an infinity; train or fetch it again.")
-        values = buffer.view(entry.dtype)
-        return values.view(entry.shape)
+            if check and not is_finite(chunk.view(entry.dtype)):
+                raise FormatError(f"{name} in {self.path} has a NaN or an infinity; train or fetch it again.")
+        return buffer.view(entry.dtype).view(entry.shape)
 
     def rows(self, name: str, index: Int[Tensor, " rows"]) -> Tensor:
         """Some rows [rows, width] of a tensor seen as a matrix, its last axis the width, in the order of ``index``.
@@ -240,6 +227,33 @@ class TensorFile:
 
     def _damaged(self, why: str) -> FormatError:
         return FormatError(f"{self.path} is truncated or damaged ({why}); write or fetch it again.")
+
+
+class HeldTensors(TensorFile):
+    """Tensors in memory behind the same reading side."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: Path | str) -> None:
+        """``name`` stands for the file in messages."""
+        self.path, self._lock, self.bytes_read, self.metadata = Path(name), Lock(), 0, {}
+        self._held: dict[int, Tensor] = {}
+        self.entries, self.size = {}, 0
+        for key, tensor in tensors.items():
+            self.entries[key] = TensorEntry(tensor.dtype, tuple(tensor.shape), self.size)
+            self._held[self.size] = tensor.contiguous().reshape(-1).view(torch.uint8)
+            self.size += self.entries[key].nbytes
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        start = max(start for start in self._held if start <= offset)
+        view[:] = memoryview(cast(Any, self._held[start][offset - start :][: len(view)].numpy()))
+
+    def _advise(self, start: int, length: int, sequential: bool) -> None:
+        """Nothing to read ahead."""
+
+    def forget(self) -> None:
+        """Nothing is cached."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def read_all(path: Path | str, expected: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from gemscope.activations.shards import ShardWriter
 from gemscope.activations.sources import Documents
 from gemscope.activations.store import Store
 from gemscope.activations.upkeep import verify
+from gemscope.core import files
 from gemscope.core.errors import FormatError, InputError, SiteError, StorageError
 from unit.activations import small
 
@@ -113,6 +114,8 @@ def test_running_again_does_nothing_and_finishes_what_is_missing(tmp_path, undis
     small.store(folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("acts/*/*")} == before
     (folder / "units" / "000001.json").unlink()
+    (folder / "acts" / "mlp_act.1" / "000000.safetensors").unlink()
+    os.truncate(folder / "rows" / "000002.safetensors", 500)
     (folder / "acts" / "resid_post.0" / ".000001.safetensors.abc.tmp").write_bytes(b"left by a killed run")
     small.store(folder)
     assert small.content(folder) == small.content(undisturbed)
@@ -148,7 +151,7 @@ def test_kill_9_at_twenty_random_moments_changes_nothing(tmp_path, undisturbed):
     _killed_and_resumed(tmp_path, undisturbed, 20, seed=1)
 
 
-@pytest.mark.parametrize("at", [2, 25])
+@pytest.mark.parametrize("at", [2, 7, 10, 25])
 def test_a_full_disk_leaves_no_half_unit_and_the_next_run_goes_on(tmp_path, undisturbed, monkeypatch, at):
     folder, append, calls = tmp_path / "s", ShardWriter.append, []
 
@@ -168,6 +171,41 @@ def test_a_full_disk_leaves_no_half_unit_and_the_next_run_goes_on(tmp_path, undi
     assert len(list((folder / "units").glob("*.json"))) < Plan.read(folder).units
     small.store(folder)
     assert small.content(folder) == small.content(undisturbed)
+
+
+def test_an_interrupt_leaves_no_half_unit_and_the_next_run_goes_on(tmp_path, undisturbed, monkeypatch):
+    folder, fill, calls = tmp_path / "s", harvesting.fill, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return fill(*args)
+
+    monkeypatch.setattr(harvesting, "fill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small.store(folder)
+    monkeypatch.undo()
+    assert not list(folder.rglob("*.tmp"))
+    assert 0 < len(list((folder / "units").glob("*.json"))) < Plan.read(folder).units
+    small.store(folder)
+    assert small.content(folder) == small.content(undisturbed)
+
+
+def test_a_record_is_written_when_its_files_are_synced(tmp_path, monkeypatch):
+    seen, sync = [], files._sync
+
+    def noted(path):
+        sync(path)
+        seen.append(path.name)
+
+    monkeypatch.setattr(files, "_sync", noted)
+    plan = Plan.read(small.store(tmp_path / "s"))
+    for unit in range(plan.units):
+        data = [i for i, name in enumerate(seen) if name.startswith(f".{unit:06d}.safetensors.")]
+        (record,) = (i for i, name in enumerate(seen) if name.startswith(f".{unit:06d}.json."))
+        assert len(data) == len(small.SITES) + 2
+        assert max(data) < record
 
 
 def test_a_store_that_will_not_fit_is_refused_before_it_begins(tmp_path, monkeypatch):

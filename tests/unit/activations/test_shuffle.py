@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemscope.activations.order import Reading
+from gemscope.activations.order import LIVE_ROWS, LIVE_TEXTS, LIVE_UNITS, ROWS, Reading
 from gemscope.activations.plan import HarvestConfig
 from gemscope.activations.sources import Documents
 from gemscope.activations.store import Store
@@ -51,6 +51,12 @@ def drawn(stream) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return [x for x in docs if len(x) == len(docs[0])], [x for x in norms if len(x) == len(norms[0])]
 
 
+class Unshuffled:
+    """In the place of numpy's generator."""
+
+    permutation = staticmethod(np.arange)
+
+
 def well_mixed(docs, norms, limit=LIMIT):
     return (
         abs(shuffling.batch_means([x.astype(float) for x in docs])) < limit
@@ -80,28 +86,41 @@ def test_batches_of_pools_smaller_than_the_store_are_random_samples_too(store):
     assert well_mixed(docs, norms)
 
 
+def pools_of(doc: np.ndarray) -> list[np.ndarray]:
+    """Cut where no document has rows on both sides."""
+    last = {int(one): at for at, one in enumerate(doc)}
+    ends = np.maximum.accumulate([last[int(one)] for one in doc])
+    return np.split(doc, np.flatnonzero(ends[:-1] == np.arange(len(doc) - 1)) + 1)
+
+
 def test_batches_on_the_fly_are_random_samples(text):
+    """Whole documents are in a pool; there their rows are scattered as a random permutation would."""
     live = LiveActivations.of(small.model(), text, CONFIG, pool_rows=8000)
     assert 2 < live.plan.units <= 8
     docs, norms = drawn(live.stream([SITE], 64, 1, epochs=1))
     assert abs(shuffling.batch_means([x.astype(float) for x in docs])) < LIMIT
     assert abs(shuffling.batch_means(norms)) < LIMIT
-    # whole documents are in a pool, so their rows are scattered over the pool
-    stream, pools = live.stream([SITE], 10**6, 1, epochs=1), []
-    for _ in stream:
-        pools.append(stream.origin.doc.numpy())
-    reader_pools = [x for x in np.array_split(np.concatenate(pools), live.plan.units) if len(x) > 1000]
-    for doc in reader_pools[:1]:
-        assert abs(shuffling.spread(doc[:4000])) < LIMIT
+    pools = [doc for doc in pools_of(np.concatenate(docs)) if len(doc) > 1000]
+    assert len(pools) == live.plan.units
+    for doc in pools:
+        assert abs(shuffling.spread(doc)) < LIMIT
+        assert abs(shuffling.neighbours(doc)) < LIMIT
         assert shuffling.spread(np.sort(doc)) > 10 * LIMIT
 
 
-def test_a_store_that_was_not_shuffled_fails(monkeypatch, tmp_path, text):
-    class Unshuffled:
-        permutation = staticmethod(np.arange)
-
+@pytest.mark.parametrize("left_out", [(LIVE_UNITS, LIVE_TEXTS), (LIVE_ROWS, ROWS)])
+def test_a_stream_on_the_fly_that_was_not_shuffled_fails(monkeypatch, text, left_out):
+    """Without mixing the documents, or without mixing the rows of a pool."""
+    live = LiveActivations.of(small.model(), text, CONFIG, pool_rows=8000)
     random = np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda *_: Unshuffled())
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Unshuffled if seed[-1] in left_out else random(seed))
+    docs, _ = drawn(live.stream([SITE], 64, 1, epochs=1))
+    assert shuffling.batch_means([x.astype(float) for x in docs]) > 10 * LIMIT
+
+
+def test_a_store_that_was_not_shuffled_fails(monkeypatch, tmp_path, text):
+    random = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda *_: Unshuffled)
     plain = Store.open(small.store(tmp_path / "s", CONFIG, text))
     monkeypatch.setattr(np.random, "default_rng", random)
     doc = plain.origin(0).doc.numpy()

@@ -19,7 +19,7 @@ from gemscope.activations.streaming import LiveActivations
 from gemscope.core.errors import FormatError, InputError
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
-from gemscope.training.data import ActivationSource
+from gemscope.training.data import SeekableSource
 from gemscope.training.trainer import train
 from unit.activations import small
 
@@ -153,7 +153,8 @@ def test_the_trainer_reads_a_store_and_a_stream_as_it_reads_a_set(store):
     live = LiveActivations.of(small.model(), small.corpus(), small.CONFIG)
     config = TrainConfig(Site("resid_post", 2), d_sae=32, target_l0=4.0, steps=6, batch_size=256, calibration_rows=512)
     for source in (store, live):
-        assert isinstance(source, ActivationSource)
+        assert isinstance(source, SeekableSource)
+        assert source.about["model"] == small.model().name
         (one,), (other,) = train(source, [config]), train(source, [config])
         assert one.summary.fvu < 1.5
         assert torch.equal(one.dictionary.W_enc, other.dictionary.W_enc)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gemscope.artifacts import formats
 from gemscope.artifacts.convert import convert
+from gemscope.artifacts.inspect import inspect
 from gemscope.core.errors import FormatError, GemscopeError
 from unit.artifacts import makers
 
@@ -44,26 +45,28 @@ def make(request):
 
 
 def refused(folder: Path) -> str:
-    """The sentence with which the folder is refused; it must be a FormatError, or load as it was."""
-    with pytest.raises(FormatError) as caught:
-        formats.load(folder)
-    sentence = str(caught.value)
-    assert sentence
-    assert "\n" not in sentence
-    assert "Traceback" not in sentence
-    assert len(sentence) < 1500
+    """The sentence with which loading refuses the folder; ``inspect``, which reads it in slices, must refuse it too."""
+    for read in (inspect, formats.load):
+        with pytest.raises(FormatError) as caught:
+            read(folder)
+        sentence = str(caught.value)
+        assert sentence
+        assert "\n" not in sentence
+        assert "Traceback" not in sentence
+        assert len(sentence) < 1500
     return sentence
 
 
 def tame(folder: Path) -> None:
-    """Loads, or is refused with an error of ours."""
-    said = "x"
-    try:
-        formats.load(folder)
-    except GemscopeError as error:
-        said = str(error)
-    assert 0 < len(said) < 3000
-    assert "\n" not in said
+    """Is loaded and inspected, or refused with an error of ours."""
+    for read in (inspect, formats.load):
+        said = "x"
+        try:
+            read(folder)
+        except GemscopeError as error:
+            said = str(error)
+        assert 0 < len(said) < 3000
+        assert "\n" not in said
 
 
 def files(folder: Path) -> list[Path]:
@@ -126,25 +129,15 @@ TENSORS = [name for name in MAKERS if name != "gemma-scope-1"]
 @pytest.mark.parametrize("name", TENSORS)
 @SETTINGS
 @given(data=st.data())
-def test_wrong_shapes_are_refused(name, data):
+def test_wrong_shapes_and_numbers_of_axes_are_refused(name, data):
     def change(tensors, which):
-        axis = data.draw(st.integers(0, tensors[which].ndim - 1))
-        size = tensors[which].shape[axis] + data.draw(st.sampled_from([-1, 1, 3]))
-        index = torch.arange(size) % tensors[which].shape[axis]
-        tensors[which] = tensors[which].index_select(axis, index)
-
-    with TemporaryDirectory() as place:
-        folder = MAKERS[name](Path(place) / "x")
-        change_tensors(folder, data, change)
-        refused(folder)
-
-
-@pytest.mark.parametrize("name", TENSORS)
-@SETTINGS
-@given(data=st.data())
-def test_wrong_number_of_axes_is_refused(name, data):
-    def change(tensors, which):
-        tensors[which] = tensors[which][None] if data.draw(st.booleans()) else tensors[which].flatten()[0]
+        tensor, how = tensors[which], data.draw(st.sampled_from(["size", "more", "none"]))
+        if how == "size":
+            axis = data.draw(st.integers(0, tensor.ndim - 1))
+            size = tensor.shape[axis] + data.draw(st.sampled_from([-1, 1, 3]))
+            tensors[which] = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+        else:
+            tensors[which] = tensor[None] if how == "more" else tensor.flatten()[0]
 
     with TemporaryDirectory() as place:
         folder = MAKERS[name](Path(place) / "x")

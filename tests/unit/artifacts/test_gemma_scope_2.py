@@ -111,10 +111,37 @@ def test_a_missing_config_is_read_off_the_path(tmp_path, path, site, model):
     assert "read off its path" in loaded.warnings[0]
 
 
+TARGETS = [
+    ("1b-pt/resid_post/layer_4_width_65k_l0_medium", 43),  # 30 + 30 * 4 / (26 / 3), rounded down
+    ("1b-pt/resid_post/layer_22_width_65k_l0_big", 150),
+    ("1b-pt/resid_post_all/layer_22_width_16k_l0_big", 120),
+    ("4b-it/mlp_out_all/layer_0_width_262k_l0_small", 10),
+    ("1b-pt/resid_post/layer_22_width_65k_l0_vast", None),
+    ("1b-pt/resid_post/layer_99_width_65k_l0_big", None),
+]
+
+
+@pytest.mark.parametrize(("path", "l0"), TARGETS)
+def test_the_l0_target_of_a_missing_config_is_that_of_the_rule(tmp_path, path, l0):
+    folder = makers.folder_2(tmp_path / f"gemma-scope-2-{path}", makers.weights(), None)
+    assert formats.load(folder).config.l0 == l0
+    assert ("L0 target were read off" in formats.load(folder).warnings[0]) == (l0 is not None)
+    elsewhere = makers.folder_2(tmp_path / path, makers.weights(), None)
+    assert formats.load(elsewhere, model="google/gemma-3-1b-pt").config.l0 is None  # of a model of unknown depth
+
+
+@pytest.mark.parametrize(("said", "l0"), [({"l0": 70}, 70), ({"l0": None}, None), ({}, 60)])
+def test_the_config_wins_over_the_path(tmp_path, said, l0):
+    config = {name: value for name, value in makers.config_2("resid_post", 22).items() if name != "l0"} | said
+    path = tmp_path / "gemma-scope-2-1b-pt/resid_post/layer_22_width_65k_l0_medium"
+    assert formats.load(makers.folder_2(path, makers.weights(), config)).config.l0 == l0
+
+
 def test_multi_layer_paths_without_config(tmp_path):
     layers = makers.multi_weights()
     clt = tmp_path / "gemma-scope-2-270m-pt/clt/width_262k_l0_medium"
     assert formats.load(makers.multi_folder_2(clt, layers, None)).config.kind == "clt"
+    assert formats.load(clt).config.l0 == 50
     cross = tmp_path / "gemma-scope-2-270m-pt/crosscoder/layer_5_9_12_width_65k_l0_medium"
     loaded = formats.load(makers.multi_folder_2(cross, layers, None))
     assert [str(site) for site in loaded.config.reads] == ["resid_post.5", "resid_post.9", "resid_post.12"]

@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from gemscope.artifacts import native
+from gemscope.artifacts import formats, native
 from gemscope.artifacts.config import AnyDictionary, DictionaryConfig
+from gemscope.artifacts.inspect import inspect
 from gemscope.artifacts.lazy import LazyDictionary, Table
 from gemscope.core.errors import FormatError, InputError
 from gemscope.core.files import read_tensors, write_tensors
@@ -22,6 +24,8 @@ from gemscope.dictionaries.multilayer import MultiLayer
 from gemscope.dictionaries.sae import SAE
 from gemscope.dictionaries.single import SingleLayer
 from gemscope.dictionaries.sparse import Slice
+from unit.artifacts import makers
+from unit.artifacts import test_round_trips as round_trips
 from unit.dictionaries.zoo import ACTIVATIONS, KINDS, inputs, random_dictionary
 
 
@@ -96,6 +100,32 @@ def test_an_encoder_stored_with_a_latent_per_column_and_a_decoder_with_strides(t
     assert torch.equal(lazy.encoder_columns([3, 1], 1), d.encoder_columns(1, [3, 1]))
 
 
+@pytest.mark.parametrize("name", round_trips.NAMES)
+def test_every_format_opens_without_loading_and_computes_the_same(name: str, tmp_path: Path) -> None:
+    folder = round_trips.make(name, tmp_path / "a")
+    folder = folder / "layer_1.safetensors" if name.endswith("set") else folder
+    lazy, loaded = formats.open_lazy(folder), formats.load(folder)
+    assert (lazy.config, lazy.format, lazy.warnings) == (loaded.config, loaded.format, loaded.warnings)
+    d = loaded.dictionary
+    x = inputs(d, 6)
+    for memory in (1, 1 << 20):
+        torch.testing.assert_close(lazy.reconstruct(x, memory), d(x), rtol=1e-5, atol=1e-5)
+    if isinstance(d, MultiLayer):
+        assert torch.equal(lazy.decoder_rows([7, 0], 0, 2), d.decoder_rows(0, [7, 0], 2))
+    else:
+        assert torch.equal(lazy.decoder_rows([7, 0]), d.decoder_rows([7, 0]))
+    assert type(lazy.load()) is type(d)
+
+
+def test_a_threshold_below_zero_acts_as_zero_in_a_stream_of_other_files_too(tmp_path: Path) -> None:
+    tensors = makers.weights()
+    tensors["threshold"][:5] = -1.0
+    folder = makers.folder_2(tmp_path / "x", tensors, makers.config_2("resid_post"))
+    x = makers.rows(40)
+    found = formats.open_lazy(folder).reconstruct(x)
+    torch.testing.assert_close(found, formats.load(folder).dictionary(x), rtol=1e-5, atol=1e-5)
+
+
 def test_headers_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     _saved(tmp_path / "d", random_dictionary("sae", dtype=torch.float32))
     path = tmp_path / "d" / native.WEIGHTS_FILE
@@ -107,7 +137,7 @@ def test_headers_are_checked_before_anything_is_read(tmp_path: Path) -> None:
 READ_ROWS = """
 import json, sys, torch
 from pathlib import Path
-from gemscope.artifacts import native
+from gemscope.artifacts import formats, native
 
 def rchar():
     return int(Path("/proc/self/io").read_text().split()[1])
@@ -125,6 +155,16 @@ if sys.argv[1] == "rows":
     rows = lazy.decoder_rows(torch.randint(0, 262144, (100,)))
     assert rows.shape == (100, 16)
     print(json.dumps([rchar() - before, lazy.bytes_read, lazy.nbytes]))
+elif sys.argv[1] == "save":
+    from gemscope.core.files import write_tensors
+    loaded = native.load(sys.argv[2])
+    d = loaded.dictionary
+    d.W_enc.data = d.W_enc.data.contiguous()
+    write_tensors(sys.argv[2] + ".first", {"a": torch.zeros(8)})
+    Path("/proc/self/clear_refs").write_text("5")
+    memory = peak()
+    native.save(sys.argv[2] + ".again", d, loaded.config)
+    print(json.dumps([peak() - memory, d.W_enc.nbytes]))
 else:
     loaded = native.load(sys.argv[2])
     size = sum(p.numel() * p.itemsize for p in loaded.dictionary.parameters())
@@ -163,6 +203,12 @@ def test_loading_peaks_at_little_more_than_the_tensors(wide: Path) -> None:
     assert peak < 1.1 * size + (1 << 21)  # of which 2 MB are the interpreter's
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of a process's memory")
+def test_saving_holds_the_encoder_once_more_and_nothing_else(wide: Path) -> None:
+    peak, encoder = _measured("save", wide)
+    assert peak < 1.1 * encoder + (1 << 21)
+
+
 def test_a_streamed_encode_holds_few_slices_and_reads_the_encoder_once(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +240,7 @@ def test_a_stream_refuses_what_loading_refuses(tmp_path: Path) -> None:
         changed = good[name].clone()
         changed.view(-1)[3] = bad
         write_tensors(path, good | {name: changed})
-        for read in (lambda: native.open_lazy(tmp_path / "d").encode_streamed(torch.ones(2, 5)), lazy.load):
+        streamed = partial(native.open_lazy(tmp_path / "d").encode_streamed, torch.ones(2, 5))
+        for read in (streamed, lazy.load, partial(inspect, tmp_path / "d")):
             with pytest.raises(FormatError, match=message):
                 read()

@@ -271,6 +271,41 @@ def test_a_clt_that_is_fed_the_residual_stream_is_named(model, items):
         verify(model, clt(model, items, inputs="resid_mid"), items)
 
 
+def test_a_transposed_skip_of_a_clt_is_named(model, items):
+    """Its latents explain what the skip connections leave over."""
+    n = model.shape.n_layers
+    W_skip = []
+    for layer in range(n):
+        x, y = (rows(model, items, site) for site in sites(layer))
+        ridge = 1e-3 * x.square().sum() / len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+        W_skip.append(torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean(0))).float())
+    silent = torch.zeros(model.shape.d_model, 1), torch.zeros(1)
+    W_dec = [torch.zeros(n - at, 1, model.shape.d_model) for at in range(n)]
+    b_dec = [
+        (rows(model, items, sites(m)[1]) - rows(model, items, sites(m)[0]) @ W.double()).mean(0).float()
+        for m, W in enumerate(W_skip)
+    ]
+
+    def made(skips):
+        encoders, biases = [silent[0]] * n, [silent[1]] * n
+        d = CrossLayerTranscoder(encoders, biases, W_dec, b_dec, W_skip=skips, activation=RELU)
+        return loaded(d, [Site("mlp_in", i) for i in range(n)], [Site("mlp_out", i) for i in range(n)])
+
+    assert verify(model, made(W_skip), items).fvu < 0.9
+    with pytest.raises(PairingError, match="skip connection is transposed"):
+        verify(model, made([W.T.contiguous() for W in W_skip]), items)
+
+
+def test_a_crosscoder_made_on_hidden_states_minus_one_is_named(model, items):
+    last = model.shape.n_layers - 1
+    x = [rows(model, items, site) for site in (Site("resid_post", 1), Site("final_norm"))]
+    maps = [linear(one, one, 8) for one in x]
+    W_dec = [torch.stack([maps[0][2], torch.zeros_like(maps[0][2])]), maps[1][2][None]]
+    wrong = Crosscoder([m[0] for m in maps], [m[1] for m in maps], W_dec, [m[3] for m in maps], activation=RELU)
+    with pytest.raises(PairingError, match="after the final norm"):
+        verify(model, loaded(wrong, [Site("resid_post", 1), Site("resid_post", last)]), items)
+
+
 def test_summed_decoders_are_refused(model, items):
     right = clt(model, items)
     d = right.dictionary

@@ -39,7 +39,9 @@ L0_NAMES = ("small", "medium", "big")
 _L0_RAMP = {"small": (10, 20), "medium": (30, 60), "big": (60, 150)}
 _BIG_OF_ALL = (60, 120)
 
-_JOINT_L0 = {"medium": 50, "big": 150}
+JOINT_L0 = {"medium": 50, "big": 150}
+"""Targets of crosscoders and CLTs; that of ``medium`` is the paper's, no config was seen that states it."""
+
 _JOINT_WIDTHS = {"crosscoder": ("65k", "262k", "524k", "1m"), "clt": ("262k", "524k")}
 _CLT_SIZES = ("270m", "1b")
 _QUOTED = {
@@ -185,10 +187,10 @@ def _neuronpedia(
 
 def _joint(size: str, variant: str) -> Iterator[Artifact]:
     for width in _JOINT_WIDTHS["crosscoder"]:
-        for l0_name in _JOINT_L0:
+        for l0_name in JOINT_L0:
             yield _multi_layer(size, variant, "crosscoder", width, l0_name, False)
     for width in _JOINT_WIDTHS["clt"] if size in _CLT_SIZES else ():
-        for l0_name in _JOINT_L0:
+        for l0_name in JOINT_L0:
             for affine in (False, True):
                 yield _multi_layer(size, variant, "clt", width, l0_name, affine)
 
@@ -222,7 +224,7 @@ def _multi_layer(
         d_out=shape.d_model,
         d_sae=WIDTHS[width] // 4 if kind == "crosscoder" else latents_per_layer(WIDTHS[width], shape.n_layers),
         l0_name=l0_name,
-        l0=_JOINT_L0[l0_name],
+        l0=JOINT_L0[l0_name],
         standing="quoted" if quoted else "announced",
         note=note,
     )

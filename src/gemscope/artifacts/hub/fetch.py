@@ -4,6 +4,7 @@ Everything lies as on the hub, ``OUT/OWNER/REPOSITORY/FOLDER/FILE``, so that OUT
 the files that a dictionary needs are fetched; nothing is written outside OUT.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ DEFAULT_OUT = Path("artifacts")
 
 State = Literal["here", "partial", "absent"]
 _REQUESTS = 8
+_MEASURED = re.compile(r"average_l0_([0-9]{1,6})")
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def _settled(source: Source, artifact: Artifact, revision: str) -> Artifact:
         return artifact
     leaves = source.folders(artifact.repo, artifact.folder, revision)
     prefix = "average_l0_"
-    measured = sorted(int(leaf.removeprefix(prefix)) for leaf in leaves if leaf.removeprefix(prefix).isdecimal())
+    measured = sorted(int(match[1]) for leaf in leaves if (match := _MEASURED.fullmatch(leaf)) is not None)
     if not measured:
         raise ArtifactNotFoundError(
             f"{artifact.repo!r} at {source.name} has no dictionary in {artifact.folder}; look at its pages."

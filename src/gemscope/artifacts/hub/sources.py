@@ -42,6 +42,9 @@ Answer = TypeVar("Answer")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TRIES_TO_REACH = 3
+_NOT_UNDERSTOOD = (ValueError, TypeError, KeyError, AttributeError)
+"""What huggingface_hub raises at an answer that is no JSON, or lacks what it looks for."""
+
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
 
 
@@ -126,7 +129,7 @@ class HubSource:
         if found is None:
             raise ArtifactNotFoundError(f"there is no repository {repo!r} at {self.name}; check --hub and the name.")
         if not _COMMIT.fullmatch(found):
-            raise ArtifactUnreachableError(f"{self._no_hub} (no commit for {repo}); check the address and any proxy.")
+            raise self._no_hub(f"no commit for {repo}")
         return found
 
     def describe(self, repo: str, path: str, revision: str) -> RemoteFile | None:
@@ -136,8 +139,8 @@ class HubSource:
         found = self._insist(ask, repo, revision)
         if found is None:
             return None
-        if found.commit_hash is None or found.size is None:
-            raise ArtifactUnreachableError(f"{self._no_hub} (no size of {path}); check the address and any proxy.")
+        if not _COMMIT.fullmatch(found.commit_hash or "") or found.size is None or found.size < 0:
+            raise self._no_hub(f"no commit or size of {path}")
         return RemoteFile(repo, path, found.size, found.commit_hash, found.etag)
 
     def folders(self, repo: str, path: str, revision: str) -> list[str]:
@@ -169,9 +172,10 @@ class HubSource:
     def _url(self, repo: str, path: str, revision: str) -> str:
         return f"{self.endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(path)}"
 
-    @property
-    def _no_hub(self) -> str:
-        return f"{self.name} does not answer like a Hugging Face hub"
+    def _no_hub(self, why: str) -> ArtifactUnreachableError:
+        return ArtifactUnreachableError(
+            f"{self.name} does not answer like a Hugging Face hub ({why}); check the address and any proxy."
+        )
 
     def _insist(self, ask: Callable[[], Answer], repo: str, revision: str) -> Answer | None:
         """The answer, with patience for a busy hub and little for an absent one; None for a file that is not there."""
@@ -184,6 +188,8 @@ class HubSource:
                     return None
                 if (sentence := self._sentence(error, repo, revision)) is not None:
                     raise sentence from error
+                if isinstance(error, _NOT_UNDERSTOOD):
+                    raise self._no_hub(f"what it says of {repo} cannot be understood") from error
                 if not worth_a_retry(error):
                     raise
                 failures += 1
