@@ -20,7 +20,7 @@ from gemscope.core.sites import Site
 from gemscope.dictionaries.sparse import Support
 from gemscope.evaluation.concepts import ConceptLabels, score_concepts
 from gemscope.evaluation.controls import Control, Principal, components, random_like
-from gemscope.evaluation.fidelity import ErrorSums, Fidelity, FidelitySums
+from gemscope.evaluation.fidelity import ErrorSums, Fidelity, FidelitySums, Targets
 from gemscope.evaluation.geometry import geometry
 from gemscope.evaluation.groups import Places
 from gemscope.evaluation.intervals import columns, intervals
@@ -216,9 +216,11 @@ class Reading:
 
     def add(self, rows: Mapping[Site, Float[Tensor, "rows _"]], places: Places) -> list[tuple[Support, Tensor]]:
         """Take in the content rows of one batch; returns the codes of every dictionary."""
-        apart = {site: moments.add(rows[site], places) for site, moments in self.moments.items()}
+        targets = {
+            site: Targets.of(rows[site], moments.add(rows[site], places)) for site, moments in self.moments.items()
+        }
         codes = [
-            self._add(subject, sums, rows, places, apart)
+            self._add(subject, sums, rows, places, targets)
             for subject, sums in zip(self.subjects, self.sums, strict=True)
         ]
         if self._config.controls:
@@ -227,7 +229,7 @@ class Reading:
             for site, held in self._sample.items():
                 held.append(rows[site][:: self._every].float().cpu())
             for subject, sums in zip(self.random, self._random_sums, strict=True):
-                self._add(subject, sums, rows, places, apart)
+                self._add(subject, sums, rows, places, targets)
         return codes
 
     def _add(
@@ -236,20 +238,20 @@ class Reading:
         sums: FidelitySums,
         rows: Mapping[Site, Tensor],
         places: Places,
-        apart: Mapping[Site, Tensor],
+        targets: Mapping[Site, Targets],
     ) -> tuple[Support, Tensor]:
         x = subject.stack(rows)
         support, values = subject.codes(x)
         recon = subject.reconstruct(x, support, values)
         sums.add(support, values, places)
         for position, (site, error) in enumerate(zip(subject.writes, sums.errors, strict=True)):
-            error.add(rows[site], recon[:, position], places, apart[site])
-        targets = [rows[site] for site in subject.writes]
+            error.add(targets[site], recon[:, position], places)
+        written = [targets[site] for site in subject.writes]
         for size in subject.dictionary.prefixes:
             if size >= subject.dictionary.d_sae:
                 continue
             first, kept = first_latents(subject, size, x, support, values)
-            sums.add_prefix(size, len(kept), targets, first)
+            sums.add_prefix(size, len(kept), written, first)
         return support, values
 
     def _start_controls(self, rows: Mapping[Site, Tensor], codes: Sequence[tuple[Support, Tensor]]) -> None:

@@ -160,6 +160,26 @@ class Fidelity:
         return asdict(self) | derived
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Rows of a site that is written, with what every dictionary needs of them; float64 on the CPU."""
+
+    y: Float[Tensor, "rows width"]
+    square: Float[Tensor, " rows"]
+    norm: Float[Tensor, " rows"]
+    centred: Float[Tensor, " rows"]
+    """Squared distance from the mean of these rows, for ``compat`` only."""
+    apart: Bool[Tensor, " rows"]
+    """What ``Moments.add`` said of them."""
+
+    @classmethod
+    def of(cls, y: Float[Tensor, "rows width"], apart: Bool[Tensor, " rows"]) -> "Targets":
+        """From the rows of one batch."""
+        y = y.double().cpu()
+        square = y.square().sum(1)
+        return cls(y, square, square.sqrt(), (y - y.mean(0)).square().sum(1), apart)
+
+
 _ERROR = ("sse", "norm", "norm_out", "cosine", "square_out", "dot", "ratio", "legacy", "shared", "square")
 
 
@@ -173,22 +193,15 @@ class ErrorSums:
         self._apart: list[Tensor] = []
         self._kept = 0.0
 
-    def add(
-        self,
-        y: Float[Tensor, "rows width"],
-        recon: Float[Tensor, "rows width"],
-        places: Places,
-        apart: Bool[Tensor, " rows"],
-    ) -> None:
-        """Take in rows; ``apart`` is what ``Moments.add`` said of them."""
-        if len(y) == 0:
+    def add(self, targets: Targets, recon: Float[Tensor, "rows width"], places: Places) -> None:
+        """Take in rows and their reconstruction."""
+        if len(recon) == 0:
             return
-        y, recon = y.double().cpu(), recon.double().cpu()
+        y, recon = targets.y, recon.double().cpu()
         error, dot = (y - recon).square().sum(1), (y * recon).sum(1)
-        square, square_out = y.square().sum(1), recon.square().sum(1)
-        norm, norm_out = square.sqrt(), square_out.sqrt()
+        square_out = recon.square().sum(1)
+        norm, norm_out = targets.norm, square_out.sqrt()
         cosine = dot / (norm * norm_out).clamp_min(1e-300)
-        centred = (y - y.mean(0)).square().sum(1)
         self.sums.add(
             places,
             error,
@@ -198,12 +211,12 @@ class ErrorSums:
             square_out,
             dot,
             norm_out / torch.where(norm < 1e-4, 1.0, norm),
-            1 - error / centred.clamp_min(1e-300),
+            1 - error / targets.centred.clamp_min(1e-300),
             error / len(y),
-            square,
+            targets.square,
         )
-        self._apart.append(error[apart])
-        self._kept += float(error[~apart].sum())
+        self._apart.append(error[targets.apart])
+        self._kept += float(error[~targets.apart].sum())
 
     def result(self) -> Reconstruction:
         """Over all rows so far; raises InputError when they have no spread to explain."""
@@ -267,16 +280,15 @@ class FidelitySums:
         self.sums.add(places, torch.ones(support.batch), count, absolute)
         self._l0 += torch.bincount(count, minlength=len(self._l0))
         self._firings += torch.bincount(latents, minlength=len(self._firings))
-        pairs = (places.document[rows] * len(self._texts) + latents).unique()
-        self._texts += torch.bincount(pairs % len(self._texts), minlength=len(self._texts))
+        count, local = places.local
+        fired = torch.bincount(local[rows] * len(self._texts) + latents, minlength=count * len(self._texts))
+        self._texts += (fired.view(count, -1) > 0).sum(0)
 
-    def add_prefix(
-        self, size: int, entries: int, y: Sequence[Float[Tensor, "rows _"]], recon: Float[Tensor, "rows n _"]
-    ) -> None:
+    def add_prefix(self, size: int, entries: int, y: Sequence[Targets], recon: Float[Tensor, "rows n _"]) -> None:
         """Take in the reconstruction from the first ``size`` latents, of which ``entries`` were active."""
         self._prefix_active[size] += entries
         for i, target in enumerate(y):
-            self._prefix_errors[size][i] += float((target.double().cpu() - recon[:, i].double().cpu()).square().sum())
+            self._prefix_errors[size][i] += float((target.y - recon[:, i].double().cpu()).square().sum())
 
     def result(self) -> Fidelity:
         """The measures over all rows so far; raises InputError when the rows have no spread to explain."""

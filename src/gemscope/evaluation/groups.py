@@ -7,6 +7,7 @@ per group, so that an average can be given by position and, on chats, by who spe
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -43,6 +44,12 @@ class Places:
     speaker: Int[Tensor, " rows"]
     """Group of its speaker."""
 
+    @cached_property
+    def local(self) -> tuple[int, Int[Tensor, " rows"]]:
+        """How many documents there are, and each row's among them."""
+        found, index = self.document.unique(return_inverse=True)
+        return len(found), index
+
     @classmethod
     def of(cls, batch: Batch, chosen: Sequence[int], mask: Bool[Tensor, "batch pos"]) -> "Places":
         """Of the positions in ``mask``, row by row of the batch; ``chosen`` are the documents' indices."""
@@ -73,24 +80,23 @@ class Sums:
 
     def __init__(self, names: Sequence[str], documents: int) -> None:
         self.names = tuple(names)
-        self.documents: Float[Tensor, "documents names"] = torch.zeros(documents, len(names), dtype=torch.float64)
-        self.groups: dict[int, Float[Tensor, "documents names"]] = {}
-        """Group -> the same over the rows of that group; groups without rows are absent."""
+        self.groups: set[int] = set()
+        """Groups that have rows."""
+        self._table: Float[Tensor, "documents groups names"] = torch.zeros(
+            documents, GROUPS, len(names), dtype=torch.float64
+        )
 
     def add(self, places: Places, *values: Shaped[Tensor, " rows"]) -> None:
         """Add one value per row for every name."""
         table = torch.stack([value.double().cpu() for value in values], dim=1)
-        self.documents.index_add_(0, places.document, table)
-        for index in (places.stretch, places.speaker):
-            for group in index.unique().tolist():
-                part = self.groups.setdefault(group, torch.zeros_like(self.documents))
-                inside = (index == group).nonzero()[:, 0]
-                part.index_add_(0, places.document[inside], table[inside])
+        for group in (places.stretch, places.speaker):
+            self._table.view(-1, len(self.names)).index_add_(0, places.document * GROUPS + group, table)
+            self.groups |= set(group.unique().tolist())
 
     def per_document(self, name: str, group: int | None = None) -> Float[Tensor, " documents"]:
         """Sum over the rows of each document, or over those of a group in it."""
-        table = self.documents if group is None else self.groups[group]
-        return table[:, self.names.index(name)]
+        own = self._table[:, :, self.names.index(name)]
+        return own[:, :STRETCHES].sum(1) if group is None else own[:, group]
 
     def total(self, name: str, group: int | None = None) -> float:
         """Sum over all rows, or over those of a group."""

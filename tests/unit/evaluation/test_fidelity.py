@@ -11,7 +11,7 @@ import torch
 
 from gemscope.core.errors import InputError
 from gemscope.dictionaries.sparse import Support
-from gemscope.evaluation.fidelity import DENSITY_BINS, ErrorSums, FidelitySums
+from gemscope.evaluation.fidelity import DENSITY_BINS, ErrorSums, FidelitySums, Targets
 from gemscope.evaluation.groups import STRETCHES, Places
 from gemscope.evaluation.moments import Moments
 from unit.dictionaries.zoo import random_dictionary
@@ -47,7 +47,7 @@ def sums_of(x, recon, acts, cuts=(), lengths=LENGTHS, prefixes=()):
         part = acts[at]
         row, latent = part.nonzero().unbind(1)
         sums.add(Support(row, latent, len(part), acts.shape[1]), part[row, latent], places)
-        errors.add(x[at], recon[at], places, moments.add(x[at], places))
+        errors.add(Targets.of(x[at], moments.add(x[at], places)), recon[at], places)
     return sums
 
 

@@ -1,5 +1,7 @@
 """Delta loss and KL: exact zero for a perfect dictionary, the brute-force loss for others, and who is counted."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -120,11 +122,11 @@ class _TheMlp(Transcoder):
     """A perfect transcoder: the MLP itself."""
 
     def bind(self, layer: nn.Module) -> "_TheMlp":
-        self._layer = layer
+        self._mlp, self._norm = copy.deepcopy(layer.mlp), copy.deepcopy(layer.post_feedforward_layernorm)
         return self
 
     def write_at(self, position, codes, x):
-        return self._layer.post_feedforward_layernorm(self._layer.mlp(x))
+        return self._norm(self._mlp(x))
 
 
 def test_a_perfect_transcoder_has_a_delta_loss_of_exactly_zero(model):
