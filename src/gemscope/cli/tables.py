@@ -42,7 +42,7 @@ def evaluations(measured: Sequence[Evaluation], target_l0: float | None) -> Rend
 
 
 _PROBES = {
-    "best latent": ("best latent", 1),
+    "best": ("best latent", 1),
     "k=1": ("latents", 1),
     "k=16": ("latents", 16),
     "dense": ("dense", None),
@@ -69,7 +69,7 @@ def probes(measured: Sequence[Evaluation]) -> RenderableType:
     report = shown[0][1]
     notes = (
         f"{len(report.concepts)} labels, fitted on {report.train_rows:,} tokens, scored on {report.test_rows:,} others",
-        "*: controls; random, PCA and shuffled with k = 16. absorb: share of a concept's tokens",
+        "best: single latent; *: controls, random, PCA and shuffled with k = 16. absorb: share of tokens",
         "at which its latents are silent and another stands in. Everything else: --json or --out",
     )
     return Group(Text(), table, Text(), *(Text(note, style="dim") for note in notes))
