@@ -11,7 +11,8 @@ from gemscope.activations.sets import ActivationSet
 from gemscope.artifacts.config import DictionaryConfig
 from gemscope.core.sites import Site
 from gemscope.dictionaries.base import Dictionary
-from gemscope.evaluation.replacement import replacement_loss
+from gemscope.evaluation.splice import splice_losses
+from gemscope.evaluation.subject import Subject
 from gemscope.microworld.corpus import documents
 from gemscope.models.gemma import Gemma
 from gemscope.models.tokens import Tokens
@@ -42,7 +43,8 @@ def recovered(tokens: int, **change: object) -> float | None:
     dictionary = train(rows, [config])[0].dictionary
     held = harvest(gemma, text, sites)
     means = {site: held[site].float().mean(0) for site in sites}
-    return replacement_loss(gemma, dictionary, config.reads, config.writes, text[:40], means).recovered_mean
+    subject = Subject("clt", dictionary, tuple(config.reads), tuple(config.writes))
+    return splice_losses(gemma, [subject], means, text[:40])[0][0].loss.recovered_mean
 
 
 def test_a_small_clt_already_stands_in_for_most_of_the_mlps() -> None:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from gemscope import __version__
 from gemscope.cli import artifacts, benchmark, catalogue, lens, store
+from gemscope.cli.evaluate import compare, evaluate
 from gemscope.cli.train import train
 from gemscope.core.errors import GemscopeError
 
@@ -167,47 +168,12 @@ def _show(reading: "Reading", as_json: bool) -> None:
         console.print(view.reading(reading, console.width), soft_wrap=False)
 
 
-@app.command()
-def evaluate(
-    dictionary: Annotated[
-        Path | None, typer.Argument(help="Folder of a dictionary, to measure it now.", show_default=False)
-    ] = None,
-    suite: SuiteFolder = None,
-    layer: Layer = None,
-    model: Model = None,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Measure a folder even if it does not fit its site.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure dictionaries on held-out text: L0, FVU, delta loss, concepts.
-
-    Without a folder: the measures of a suite's dictionaries.
-    """
-    from gemscope.cli.inputs import open_suite
-    from gemscope.cli.tables import evaluations
-    from gemscope.cli.terminal import StageBars, out
-    from gemscope.suites.measure import evaluate_folder
-
-    if dictionary is not None:
-        with StageBars() as bars:
-            measured = [evaluate_folder(dictionary, model=model, report=bars, verified=not no_verify)]
-            target = None
-    else:
-        opened = open_suite(model, suite)
-        sites = opened.sites if layer is None else [opened.site(layer)]
-        measured = [opened.evaluation(site) for site in sites]
-        target = opened.about["config"]["target_l0"]
-    if as_json:
-        print(json.dumps([one.as_dict() for one in measured], ensure_ascii=False, indent=2))
-    else:
-        out().print(evaluations(measured, target))
-
-
 lens.register(app)
 artifacts.register(app)
 benchmark.register(app)
 app.command()(train)
+app.command()(evaluate)
+app.command()(compare)
 
 
 @app.command()

@@ -10,8 +10,9 @@ from rich.text import Text
 from gemscope.artifacts.config import DictionaryConfig
 from gemscope.cli.inputs import DEFAULT_MODEL
 from gemscope.core.sites import Site
+from gemscope.evaluation.compare import Comparison
 from gemscope.evaluation.concepts import FOUND_AUROC, MIN_POSITIVES
-from gemscope.evaluation.evaluate import Evaluation
+from gemscope.evaluation.result import Evaluation
 from gemscope.suites.suite import Suite
 
 _COLUMNS = ("site", "L0", "FVU", "Δ loss", "recovered", "dead", "concepts", "passages")
@@ -38,6 +39,56 @@ def evaluations(measured: Sequence[Evaluation], target_l0: float | None) -> Rend
         )
         notes.append("passages   the same for labels of whole passages: kinds of text, planted faults")
     return Group(table, Text(), *(Text(note, style="dim") for note in notes))
+
+
+_PROBES = {
+    "best": ("best latent", 1),
+    "k=1": ("latents", 1),
+    "k=16": ("latents", 16),
+    "dense": ("dense", None),
+    "tokens*": ("token statistics", None),
+    "random*": ("random dictionary", 16),
+    "PCA*": ("PCA", 16),
+    "shuffled*": ("shuffled labels", 16),
+}
+"""Column -> method and k; controls with a star."""
+
+
+def probes(measured: Sequence[Evaluation]) -> RenderableType:
+    """Mean AUROC of the probes of each dictionary, beside their controls; nothing where there are none."""
+    shown = [(one, one.probes) for one in measured if one.probes is not None and one.probes.concepts]
+    if not shown:
+        return Text()
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("mean AUROC", no_wrap=True)
+    for name in (*_PROBES, "absorb"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one, report in shown:
+        values = [*(report.mean(*method) for method in _PROBES.values()), report.absorption]
+        table.add_row(_short(one), *("–" if value is None else f"{value:.3f}" for value in values))
+    report = shown[0][1]
+    notes = (
+        f"{len(report.concepts)} labels, fitted on {report.train_rows:,} tokens, scored on {report.test_rows:,} others",
+        "best: single latent; *: controls, random, PCA and shuffled with k = 16. absorb: share of tokens",
+        "at which its latents are silent and another stands in. Everything else: --json or --out",
+    )
+    return Group(Text(), table, Text(), *(Text(note, style="dim") for note in notes))
+
+
+def comparison(found: Comparison) -> RenderableType:
+    """Both dictionaries, figure by figure, where the difference is, and the verdict."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("figure", "where", "first", "second", "difference", "95 % interval", "better"):
+        table.add_column(name, justify="left" if name in ("figure", "where", "better") else "right", no_wrap=True)
+    lines = [*found.differences, *([] if found.concepts is None else [found.concepts])]
+    for one in lines:
+        interval = "–" if one.interval is None else f"{one.interval[0]:+.4f} {one.interval[1]:+.4f}"
+        numbers = (f"{one.first:.4f}", f"{one.second:.4f}", f"{one.difference:+.4f}", interval)
+        table.add_row(one.figure.replace("_", " "), one.where, *numbers, one.better or "")
+    names = Text(
+        f"first: {found.first}\nsecond: {found.second}\n{found.documents} documents, drawn in pairs", style="dim"
+    )
+    return Group(Text(found.verdict, style="bold"), Text(), table, names)
 
 
 def other_kinds(found: Sequence[DictionaryConfig]) -> RenderableType:
@@ -83,11 +134,17 @@ def next_steps(suite: Suite, model: str, folder: Path | None, *, chat: bool) -> 
     return Group(Text(), *(Text(line) for line in lines))
 
 
+def _short(evaluation: Evaluation) -> str:
+    """Its name, or the site, in 15 columns."""
+    name = evaluation.name or str(evaluation.site)
+    return name if len(name) <= 15 else name[:14] + "…"
+
+
 def _cells(evaluation: Evaluation) -> list[str]:
     fidelity, loss, concepts = evaluation.fidelity, evaluation.loss, evaluation.concepts
     recovered = loss.recovered_mean
     return [
-        str(evaluation.site),
+        _short(evaluation),
         f"{fidelity.l0:.1f}",
         f"{fidelity.fvu:.4f}",
         f"{loss.delta_loss:.4f}",

@@ -234,7 +234,8 @@ def _loss(rows: "Rows", heldout: Any, configs: "Sequence[TrainConfig]", texts: l
     from itertools import islice
 
     from gemscope.cli.store import text_source
-    from gemscope.evaluation.replacement import replacement_loss
+    from gemscope.evaluation.splice import splice_losses
+    from gemscope.evaluation.subject import Subject
     from gemscope.models.gemma import Gemma
     from gemscope.suites.corpus import heldout_text
     from gemscope.training.data import first_rows
@@ -250,8 +251,8 @@ def _loss(rows: "Rows", heldout: Any, configs: "Sequence[TrainConfig]", texts: l
     means = {site: x.mean(0) for site, x in first_rows(heldout, sites, 8192, 1024, 0).items()}
 
     def measure(config: "TrainConfig", dictionary: Any) -> dict[str, Any]:
-        on_device = dictionary.to(gemma.device)
-        found = replacement_loss(gemma, on_device, config.reads, config.writes, items, means)
+        subject = Subject(str(config.site), dictionary.to(gemma.device), config.reads, config.writes)
+        found = splice_losses(gemma, [subject], means, items)[0][0].loss
         return {"delta_loss": found.delta_loss, "loss": found.as_dict()}
 
     return measure

@@ -12,12 +12,13 @@ Notable:
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from gemscope.core.arrays import Int, Tensor
+from gemscope.core.arrays import Float, Int, Tensor
 from gemscope.core.errors import InputError
 from gemscope.dictionaries.activation import JUMPRELU, Activation
 from gemscope.dictionaries.sparse import Slice, Support, attach, decode_sparse, select
@@ -85,8 +86,36 @@ class Dictionary(nn.Module, ABC):
         """[batch, positions, d_out], without what does not depend on the codes."""
 
     @abstractmethod
+    def write_at(
+        self, position: int, codes: Sequence[tuple[Support, Tensor]], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch d_out"]:
+        """The reconstruction at one position, from ``codes_at`` of it and all earlier ones; ``x`` is what it reads."""
+
+    @abstractmethod
     def _without_latents(self, x: Tensor) -> Tensor:
         """b_dec, and the skip connection of ``x`` [batch, positions, d_in] where there is one."""
+
+    def codes(self, x: Float[Tensor, "batch n d_in"]) -> tuple[Support, Float[Tensor, " active"]]:
+        """The active latents of rows with their axis of positions, whatever the kind, by index over all positions."""
+        return self._select(x.to(self.compute_dtype))
+
+    def reconstruct(
+        self, x: Float[Tensor, "batch n d_in"], support: Support, values: Float[Tensor, " active"]
+    ) -> Float[Tensor, "batch n d_out"]:
+        """What ``forward`` gives, from codes that are there already: all of ``codes(x)``, or some."""
+        return self._decode_rows(support, values) + self._without_latents(x.to(self.compute_dtype))
+
+    def codes_at(self, position: int, x: Float[Tensor, "batch d_in"]) -> tuple[Support, Float[Tensor, " active"]]:
+        """``codes`` of one position alone, for when the later ones are not computed yet.
+
+        Raises InputError for a TopK over several positions: which latents are active depends on all of them.
+        """
+        if self.activation.top is not None and self.n_positions > 1:
+            raise InputError("a TopK over several positions needs all of them; use codes().")
+        with torch.no_grad():
+            own = (replace(part, position=0) for part in self._slices() if part.position == position)
+            rows = x.to(self.compute_dtype)[:, None]
+            return select(rows.detach(), own, self.n_latents, self.activation.top)
 
     def _slices(self) -> Iterator[Slice]:
         for position in range(self.n_positions):

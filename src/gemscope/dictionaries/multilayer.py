@@ -274,16 +274,27 @@ class MultiLayer(Dictionary):
         threshold = None if self.threshold is None else self.threshold[position]
         return self.W_enc[position], self.b_enc[position], threshold
 
+    def write_at(
+        self, position: int, codes: Sequence[tuple[Support, Tensor]], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch d_out"]:
+        """b_dec, what the latents of ``position`` and the earlier ones write there, and the skip of ``x``."""
+        own = [self._own(at, *codes[at]) for at in range(position + 1)]
+        recon = self._written(position, own) + self.b_dec[position].to(self.compute_dtype)
+        return recon if self.W_skip is None else recon + product(x.to(recon.dtype), self.W_skip[position])
+
+    def _own(self, at: int, support: Support, values: Tensor) -> tuple[Support, Tensor]:
+        """The entries of one position, by their index in it."""
+        mine = (torch.div(support.latents, self.d_sae, rounding_mode="floor") == at).nonzero()[:, 0]
+        latents = support.latents[mine] - at * self.d_sae
+        return Support(support.rows[mine], latents, support.batch, self.d_sae), values[mine]
+
+    def _written(self, m: int, own: Sequence[tuple[Support, Tensor]]) -> Tensor:
+        parts = [decode_entries(*own[at], self.W_dec[at][m - at]) for at in range(m + 1)]
+        return torch.stack(parts).sum(0)
+
     def _decode_rows(self, support: Support, values: Tensor) -> Tensor:
-        recon: list[list[Tensor]] = [[] for _ in range(self.n_positions)]
-        owner = torch.div(support.latents, self.d_sae, rounding_mode="floor")
-        for at in range(self.n_positions):
-            mine = (owner == at).nonzero()[:, 0]
-            latents = support.latents[mine] - at * self.d_sae
-            part = Support(support.rows[mine], latents, support.batch, self.d_sae)
-            for m in range(at, self.n_positions):
-                recon[m].append(decode_entries(part, values[mine], self.W_dec[at][m - at]))
-        return torch.stack([torch.stack(parts).sum(0) for parts in recon], dim=1)
+        own = [self._own(at, support, values) for at in range(self.n_positions)]
+        return torch.stack([self._written(m, own) for m in range(self.n_positions)], dim=1)
 
     def _without_latents(self, x: Tensor) -> Tensor:
         bias = torch.stack(list(self.b_dec)).to(self.compute_dtype)

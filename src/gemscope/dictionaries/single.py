@@ -209,6 +209,12 @@ class SingleLayer(Dictionary):
     def _encoder(self, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.W_enc, self.b_enc, self.threshold
 
+    def write_at(
+        self, position: int, codes: Sequence[tuple[Support, Tensor]], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch d_out"]:
+        """The reconstruction from the codes at the only position there is."""
+        return self.reconstruct(x[:, None], *codes[position])[:, 0]
+
     def _decode_rows(self, support: Support, values: Tensor) -> Tensor:
         return decode_entries(support, values, self.W_dec)[:, None]
 

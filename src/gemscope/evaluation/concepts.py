@@ -18,13 +18,14 @@ are not scored at all.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from gemscope.core.arrays import Bool, Float, Int, Tensor
 from gemscope.core.errors import InputError
+from gemscope.models.tokens import Tokens
 
 MIN_POSITIVES = 20
 FOUND_AUROC = 0.9
@@ -44,6 +45,25 @@ class ConceptLabels:
     """Per document [pos, concepts], one line for each of its tokens, special ones included."""
     passages: frozenset[str] = frozenset()
     """Names that mark whole passages (a refusal, a news text) and not words; they are counted apart."""
+    parents: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Concept -> the more general one that holds all of its tokens, where there is one."""
+
+    @classmethod
+    def joined(cls, several: Sequence["ConceptLabels"], items: Sequence[Tokens]) -> "ConceptLabels":
+        """The columns of all, in order; raises InputError when some are of another text than ``items``."""
+        for one in several:
+            lengths = [len(marks) for marks in one.marks]
+            for have, item in zip(lengths, items, strict=False):
+                if have != len(item.ids):
+                    raise InputError(f"{have} lines of labels for {len(item.ids)} tokens; label the same tokens.")
+            if len(lengths) != len(items):
+                raise InputError(f"labels of {len(lengths)} documents for {len(items)}; label the same documents.")
+        return cls(
+            tuple(name for one in several for name in one.names),
+            [torch.cat(marks, dim=1) for marks in zip(*(one.marks for one in several), strict=True)],
+            frozenset[str]().union(*(one.passages for one in several)),
+            {child: parent for one in several for child, parent in one.parents.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -62,10 +82,17 @@ class ActiveEntries:
         offset = torch.tensor([0, *(part.shape[0] for part in parts)]).cumsum(0)
         return cls(
             (int(offset[-1]), parts[0].shape[1]),
-            torch.cat([part.row + start for part, start in zip(parts, offset[:-1], strict=True)]),
-            torch.cat([part.latent for part in parts]),
+            torch.cat([part.row.long() + start for part, start in zip(parts, offset[:-1], strict=True)]),
+            torch.cat([part.latent for part in parts]).long(),
             torch.cat([part.value for part in parts]),
         )
+
+    def only(self, rows: Int[Tensor, " chosen"]) -> "ActiveEntries":
+        """Some of the rows, numbered anew in the order given."""
+        place = torch.full((self.shape[0],), -1, dtype=torch.long)
+        place[rows] = torch.arange(len(rows))
+        keep = place[self.row] >= 0
+        return ActiveEntries((len(rows), self.shape[1]), place[self.row[keep]], self.latent[keep], self.value[keep])
 
 
 @dataclass(frozen=True)
@@ -113,6 +140,11 @@ class ConceptReport:
     def _found(self, passage: bool) -> tuple[int, int]:
         reached = [score.auroc >= FOUND_AUROC for score in self.scores if score.passage == passage]
         return sum(reached), len(reached)
+
+    def coverage(self, thresholds: Sequence[float]) -> list[float]:
+        """Share of the concepts (no passages) with a latent of at least each AUROC: the coverage curve."""
+        best = [score.auroc for score in self.scores if not score.passage]
+        return [sum(value >= at for value in best) / max(len(best), 1) for at in thresholds]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -169,7 +201,7 @@ def _names(
     """Per latent, the share of its activation on the concept it is named after (0 without a name), and which."""
     marks, value = labels.double(), active.value.double()
     whole = value.new_zeros(active.shape[1]).index_add(0, active.latent, value)
-    share = _rows_to_latents(active, value, marks) / whole.clamp(min=torch.finfo(whole.dtype).tiny)[:, None]
+    share = rows_to_latents(active, value, marks) / whole.clamp(min=torch.finfo(whole.dtype).tiny)[:, None]
     lift = share / marks.mean(0)
     lift = torch.where((share >= NAMED_SHARE) & (lift >= NAMED_LIFT), lift, 0.0)
     best, which = lift.max(1)
@@ -202,8 +234,8 @@ def auroc_matrix(active: ActiveEntries, labels: Bool[Tensor, "rows concepts"]) -
     tie = fresh.cumsum(0) - 1
     midrank = (first + last).double()[tie] / 2 - before[active.latent] + 1 + inactive[active.latent]
     marks = labels.double()
-    ranks = _rows_to_latents(active, midrank, marks)
-    hits = _rows_to_latents(active, torch.ones_like(midrank), marks)
+    ranks = rows_to_latents(active, midrank, marks)
+    hits = rows_to_latents(active, torch.ones_like(midrank), marks)
     positives = marks.sum(0)
     total = ranks + (positives - hits) * (inactive[:, None] + 1) / 2
     return (total - positives * (positives + 1) / 2) / (positives * (rows - positives))
@@ -244,7 +276,7 @@ def _sorted(active: ActiveEntries) -> ActiveEntries:
     return ActiveEntries(active.shape, active.row[order], active.latent[order], active.value[order])
 
 
-def _rows_to_latents(
+def rows_to_latents(
     active: ActiveEntries, weight: Float[Tensor, "entries"], marks: Float[Tensor, "rows concepts"]
 ) -> Float[Tensor, "latents concepts"]:
     """Per latent and concept, the sum of the weights of the active rows that have the concept."""

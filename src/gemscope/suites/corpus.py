@@ -88,7 +88,9 @@ def heldout_text(gemma: Gemma, tokens: int, seed: int) -> LabelledText:
     """Documents of the held-out split, labelled, until they hold ``tokens`` content tokens."""
     both = list(_read(gemma, "heldout", tokens, seed, None))
     marks = [token_concepts(item, document) for item, document in both]
-    return LabelledText([item for item, _ in both], ConceptLabels(tuple(CONCEPTS), marks, PASSAGES))
+    parents = {name: concept.parent for name, concept in CONCEPTS.items() if concept.parent is not None}
+    labels = ConceptLabels(tuple(CONCEPTS), marks, PASSAGES, parents)
+    return LabelledText([item for item, _ in both], labels)
 
 
 def _read(

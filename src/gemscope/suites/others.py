@@ -16,7 +16,8 @@ from gemscope.artifacts.config import DictionaryConfig, Loaded
 from gemscope.core.errors import FormatError
 from gemscope.core.provenance import collect
 from gemscope.core.sites import Site
-from gemscope.evaluation.replacement import replacement_loss
+from gemscope.evaluation.splice import splice_losses
+from gemscope.evaluation.subject import Subject
 from gemscope.models.gemma import Gemma
 from gemscope.suites.config import QuickstartConfig
 from gemscope.suites.corpus import heldout_text, training_text
@@ -121,11 +122,10 @@ def build(gemma: Gemma, model: str, folder: Path, config: QuickstartConfig, key:
     done = train(rows, wanted.configs, evaluate=measure, progress=progress, device=gemma.device)
     means = {site: held[site].float().mean(0) for site in wanted.sites}
     few = text[: max(1, min(len(text), config.splice_tokens // 200))]
-    for one in done:
-        c = one.config
-        dictionary = one.dictionary.to(gemma.device)
-        loss = replacement_loss(gemma, dictionary, c.reads, c.writes, few, means, batch_tokens=config.batch_tokens)
-        _save(gemma, model, folder, one, key, {**(one.evaluation or {}), "loss": loss.as_dict()})
+    subjects = [Subject(one.name, one.dictionary.to(gemma.device), one.config.reads, one.config.writes) for one in done]
+    losses, _ = splice_losses(gemma, subjects, means, few, batch_tokens=config.batch_tokens)
+    for one, spliced in zip(done, losses, strict=True):
+        _save(gemma, model, folder, one, key, {**(one.evaluation or {}), "loss": spliced.loss.as_dict()})
 
 
 def _save(gemma: Gemma, model: str, folder: Path, one: Trained, key: str, evaluation: Mapping[str, Any]) -> None:

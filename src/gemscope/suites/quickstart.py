@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from gemscope.core.errors import FormatError, InputError, StorageError
 from gemscope.core.files import storage_error
 from gemscope.core.provenance import collect
 from gemscope.core.sites import Site
-from gemscope.evaluation.evaluate import Evaluation, evaluate
+from gemscope.evaluation.evaluate import EvaluateConfig, evaluate
+from gemscope.evaluation.result import Evaluation
+from gemscope.evaluation.subject import Subject
 from gemscope.models.gemma import Gemma
 from gemscope.models.loading import BUILT_IN
 from gemscope.models.weights import weights_hash
@@ -300,21 +302,33 @@ def _evaluate_stage(run: _Run) -> None:
         return
     run.remaking()
     text = heldout_text(run.gemma, config.heldout_tokens, config.seed)
-    for number, site in enumerate(missing):
-        evaluation = evaluate(
-            run.gemma,
-            native.load_sae(dictionary_folder(run.folder, site)).to(run.gemma.device),
-            site,
-            text.items,
-            text.labels,
-            splice_tokens=config.splice_tokens,
-            batch_tokens=config.batch_tokens,
-            progress=lambda done, end, number=number: run.report(
-                StageProgress("evaluate", number * end + done, len(missing) * end, "tokens")
-            ),
-            about={"key": run.keys[f"evaluate {site}"]},
-        )
-        evaluation.save(evaluation_path(run.folder, site))
+    subjects = [
+        Subject(str(site), native.load_sae(dictionary_folder(run.folder, site)).to(run.gemma.device), (site,), (site,))
+        for site in missing
+    ]
+    measured = evaluate(
+        run.gemma,
+        subjects,
+        text.items,
+        text.labels,
+        evaluate_config(config, full=False),
+        progress=run.counter("evaluate", "tokens"),
+    )
+    for site, evaluation in zip(missing, measured, strict=True):
+        about = {**evaluation.about, "key": run.keys[f"evaluate {site}"]}
+        replace(evaluation, about=about).save(evaluation_path(run.folder, site))
+
+
+def evaluate_config(config: QuickstartConfig, *, full: bool) -> EvaluateConfig:
+    """What is measured of a suite's dictionaries; ``full`` adds the probes and all controls, which take longer."""
+    return EvaluateConfig(
+        splice_tokens=config.splice_tokens,
+        batch_tokens=config.batch_tokens,
+        controls=full,
+        probes=full,
+        random_model=full,
+        seed=config.seed,
+    )
 
 
 def _is_evaluated(run: _Run, site: Site) -> bool:

@@ -17,7 +17,7 @@ from gemscope.core.errors import FormatError, InputError
 from gemscope.core.files import read_json, write_json
 from gemscope.core.sites import Site
 from gemscope.dictionaries.sae import SAE
-from gemscope.evaluation.evaluate import Evaluation
+from gemscope.evaluation.result import Evaluation
 
 FORMAT = "gemscope.suite"
 VERSION = 1

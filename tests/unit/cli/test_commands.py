@@ -85,12 +85,31 @@ def test_evaluate_measures_a_dictionary_folder_anew(run, tiny_suite, monkeypatch
         "gemscope.suites.measure.QuickstartConfig",
         lambda: QuickstartConfig(heldout_tokens=4000, splice_tokens=500),
     )
-    done = run("evaluate", tiny_suite / "dictionaries" / "resid_post.3", "--json", "--no-verify")
+    done = run("evaluate", tiny_suite / "dictionaries" / "resid_post.3", "--json", "--no-verify", "--fast")
     stored = json.loads((tiny_suite / "evaluation" / "resid_post.3.json").read_text())
     (anew,) = json.loads(done.stdout)
     assert anew["fidelity"] == stored["fidelity"]
     assert anew["loss"] == stored["loss"]
     assert anew["concepts"] == stored["concepts"]
+
+
+def test_evaluate_measures_several_kinds_together_and_writes_a_report(run, tiny_suite, tmp_path):
+    spans = tmp_path / "spans.jsonl"
+    line = {"text": "the capital of France is Paris", "spans": [{"start": 15, "end": 21, "label": "country"}]}
+    spans.write_text("".join(json.dumps({**line, "text": line["text"] + f" {i}"}) + "\n" for i in range(30)))
+    folders = [tiny_suite / "dictionaries" / "resid_post.1", *sorted((tiny_suite / "others").iterdir())]
+    done = run("evaluate", *folders, "--text", spans, "--no-verify", "--no-random-model", "--out", tmp_path / "report")
+    assert done.exit_code == 0, done.output
+    kinds = {one["kind"] for one in json.loads((tmp_path / "report" / "evaluations.json").read_text())}
+    assert kinds == {"sae", "transcoder", "skip_transcoder", "clt", "crosscoder"}
+    assert "shuffled*" in done.output
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert (tmp_path / "report" / "index.html").read_text().startswith("<!doctype html>")
+    first, other = (tmp_path / "report" / f"{folder.name}.json" for folder in folders[:2])
+    judged = run("compare", first, other, "--json")
+    assert json.loads(judged.stdout)["documents"] == 30
+    both = run("compare", folders[0], folders[1], "--text", spans, "--no-verify")
+    assert "documents, drawn in pairs" in both.output
 
 
 def test_evaluate_refuses_a_dictionary_that_does_not_fit_its_site(run, tiny_suite, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from gemscope.cli import doctor, models, tables
 from gemscope.cli import look as view
 from gemscope.core.sites import Site
 from gemscope.evaluation.concepts import ConceptReport, ConceptScore
-from gemscope.evaluation.evaluate import Evaluation
 from gemscope.evaluation.fidelity import Fidelity
+from gemscope.evaluation.result import Evaluation
 from gemscope.evaluation.splice import SpliceLoss
 from gemscope.suites.reading import LatentReading, PositionReading, Reading
 from gemscope.suites.suite import Suite
