@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from gemscope import __version__
-from gemscope.cli import artifacts, catalogue, store
+from gemscope.cli import artifacts, catalogue, features, store
 from gemscope.cli.train import train
 from gemscope.core.errors import GemscopeError
 
@@ -205,6 +205,7 @@ def evaluate(
 
 
 artifacts.register(app)
+features.register(app)
 app.command()(train)
 
 
