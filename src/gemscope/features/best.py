@@ -14,7 +14,7 @@ import torch
 from gemscope.core.arrays import Bool, Float, Int, Tensor
 
 _BUFFER = 1 << 20
-"""Entries that wait at most."""
+"""Entries that wait at most; fewer where all the k best are fewer, so that the floors rise early."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,7 @@ class Best:
         self.near = torch.zeros(latents, k, window, dtype=torch.bfloat16, device=device)
         self._waiting: list[Entries] = []
         self._size = 0
+        self._room = min(_BUFFER, 2 * latents * k)
 
     @property
     def floor(self) -> Int[Tensor, " latents"]:
@@ -62,7 +63,7 @@ class Best:
         """Take in candidates."""
         self._waiting.append(entries)
         self._size += len(entries.latent)
-        if self._size >= _BUFFER:
+        if self._size >= self._room:
             self.settle()
 
     def absorb(self, other: "Best") -> None:
