@@ -154,7 +154,7 @@ def find(
     promotes: Annotated[str | None, typer.Option(help="Features that promote this token.")] = None,
     meaning: Annotated[str | None, typer.Option(help="Labels that mean this; needs --embed.")] = None,
     embed: Annotated[str | None, typer.Option(help="Embedding model: a folder or hub id.")] = None,
-    max_density: Annotated[float, typer.Option(help="Of a text, leave out denser features.")] = 0.1,
+    max_density: Annotated[float, typer.Option(help="Of a text, leave out denser features.")] = 1.0,
     dictionary: Annotated[
         list[Path] | None, typer.Option("--dictionary", "-d", help="With --index: their folders.")
     ] = None,

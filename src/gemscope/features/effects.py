@@ -176,7 +176,7 @@ def partners(
         at = torch.arange(last - first)
         both[at, at + first] = 0
         either = count[first:last, None] + count[None] - both
-        score = both.double() / either.clamp(min=1)
+        score = both.float() / either.clamp(min=1)
         best = _first_of_equals(score, k)
         index[first:last, : best.shape[1]] = score.gather(1, best).float()
         ids[first:last, : best.shape[1]] = best
@@ -186,11 +186,14 @@ def partners(
 
 
 def _first_of_equals(score: Tensor, k: int) -> Tensor:
-    """Columns of the k largest of each row, of equal ones the lower columns."""
+    """Columns of the k largest of each row, of equal ones the lower columns; any columns where the rest is 0."""
     k = min(k, score.shape[1])
-    floor = score.topk(k, dim=1).values[:, -1:]
-    above, tied = score > floor, score == floor
-    room = k - above.sum(1, keepdim=True)
-    keep = above | (tied & (tied.cumsum(1) <= room))
-    columns = keep.nonzero()[:, 1].view(-1, k)
+    found = score.topk(min(k + 1, score.shape[1]), dim=1)
+    columns, floor = found.indices[:, :k], found.values[:, k - 1]
+    if found.values.shape[1] > k:  # equal ones that are left out: look at these rows as a whole
+        tied = ((found.values[:, k] == floor) & (floor > 0)).nonzero()[:, 0]
+        above, level = score[tied] > floor[tied, None], score[tied] == floor[tied, None]
+        keep = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        columns[tied] = keep.nonzero()[:, 1].view(-1, k)
+    columns = columns.sort(dim=1).values
     return columns.gather(1, score.gather(1, columns).argsort(dim=1, descending=True, stable=True))

@@ -11,8 +11,8 @@ from gemscope.artifacts.config import Loaded
 from gemscope.core.arrays import Float, Int, Tensor
 from gemscope.core.errors import InputError
 from gemscope.features.effects import directions
+from gemscope.features.histogram import BINS, bin_of
 from gemscope.features.index import FeatureIndex
-from gemscope.features.layout import Array
 from gemscope.features.passing import sites_of
 from gemscope.models.gemma import Gemma
 from gemscope.models.tokens import Tokens
@@ -83,13 +83,14 @@ def by_text(
     top: int = 20,
     *,
     at: Sequence[int] | None = None,
-    max_density: float = 0.1,
+    max_density: float = 1.0,
 ) -> TextHits:
     """Features of all dictionaries that a text activates, the most telling first.
 
-    The score sums over the tokens ``at`` (None: all content tokens) the activation's share of the latent's largest in
-    the index, times log(1 / density): what is strong for the latent and rare in general. Latents denser than
-    ``max_density`` are left out. Raises InputError for a position outside the text.
+    Activations are compared with those on all tokens of the index, by the latent's histogram. With tokens ``at``, the
+    score is the chance that the latent is more active on one of them than on a random token, ties counting half: the
+    AUROC of "is one of these", 0.5 for what tells nothing. Without, it is the mean over content tokens of -log of the
+    share of all tokens with such an activation or more, in nats. Raises InputError for a position outside the text.
     """
     tokens = gemma.tokens(text) if isinstance(text, str) else text
     chosen = _positions(tokens, at)
@@ -101,11 +102,16 @@ def by_text(
         reads = [captured[site][0].float() for site in loaded.config.reads]
         x = reads[0] if loaded.dictionary.n_positions == 1 else torch.stack(reads, dim=1)
         acts = loaded.dictionary.encode(x.to(next(loaded.dictionary.parameters()).device)).flatten(1).cpu()
-        score = _telling(acts[chosen], index.latents(name).records, max_density)
+        latents = ((acts[chosen] > 0).any(0) & (_density(index, name) <= max_density)).nonzero()[:, 0]
+        above = _share_above(index, name, latents, acts[chosen][:, latents])
+        score = (
+            (1 - above).mean(0)
+            if at is not None
+            else (-above.log()).masked_fill(acts[chosen][:, latents] <= 0, 0).mean(0)
+        )
         best = score.topk(min(top, len(score)))
-        for value, latent in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            if value > 0:
-                found.append((value, name, latent, acts[:, latent]))
+        for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            found.append((value, name, int(latents[place]), acts[:, latents[place]]))
     found.sort(key=lambda one: (-one[0], index.firsts[one[1]] + one[2]))
     hits = (
         hit_of(index, index.firsts[name] + latent, score, acts.tolist()) for score, name, latent, acts in found[:top]
@@ -122,12 +128,33 @@ def _positions(tokens: Tokens, at: Sequence[int] | None) -> Int[Tensor, " chosen
     return torch.tensor([one % len(tokens) for one in at], dtype=torch.long)
 
 
-def _telling(acts: Float[Tensor, "pos latents"], records: Array, max_density: float) -> Float[Tensor, " latents"]:
-    peak = torch.from_numpy(np.ascontiguousarray(records["peak"]))
-    density = torch.from_numpy(np.ascontiguousarray(records["density"])).float()
-    strength = torch.where(peak > 0, acts / peak.clamp(min=1e-30), 0.0).clamp(max=1.0)
-    score = strength.sum(0) * -density.clamp(min=1e-9).log()
-    return score.masked_fill(density > max_density, 0.0)
+def _density(index: FeatureIndex, name: str) -> Float[Tensor, " latents"]:
+    return torch.from_numpy(np.ascontiguousarray(index.latents(name).records["density"]))
+
+
+def _share_above(
+    index: FeatureIndex, name: str, latents: Int[Tensor, " chosen"], acts: Float[Tensor, "pos chosen"]
+) -> Float[Tensor, "pos chosen"]:
+    """The share of the index's tokens on which a latent is more active, those in the same bin counting half."""
+    parts, which = index.latents(name), latents.numpy()
+    records = parts.records[which]
+    counts = records["n_bins"].astype(np.int64)
+    row = np.repeat(np.arange(len(which)), counts)
+    first = np.cumsum(counts) - counts
+    flat = np.repeat(records["bins"].astype(np.int64) - first, counts) + np.arange(len(row))
+    bins = parts.bins[flat]
+    there = (
+        bins["bin"] if "bin" in (bins.dtype.names or ()) else bin_of(torch.from_numpy(bins["centre"].copy())).numpy()
+    )
+    histogram = np.zeros((len(which), BINS))
+    np.add.at(histogram, (row, there.astype(np.int64)), bins["count"])
+    active = histogram.sum(1)
+    total = np.maximum(active / np.maximum(records["density"], 1e-12), np.maximum(active, 1))
+    above = (active[:, None] - np.cumsum(histogram, axis=1) + histogram / 2) / total[:, None]
+    inactive = (1 + records["density"]) / 2
+    table = torch.from_numpy(np.concatenate([inactive[:, None], above], axis=1)).clamp(min=1e-9)
+    place = torch.where(acts > 0, bin_of(acts.reshape(-1)).view(acts.shape).long() + 1, 0)
+    return table.gather(1, place.T).T
 
 
 def tokens_to_features(

@@ -17,6 +17,7 @@ from gemscope.features.index import FeatureIndex, index
 from gemscope.features.meaning import TextModel, by_meaning, embed_labels
 from gemscope.features.spelling import readable
 from unit.dictionaries.zoo import random_dictionary
+from unit.features import brute
 from unit.models.tiny_gemma import TEXTS, gemma
 
 CONFIG = IndexConfig(top=3, groups=2, per_group=2, sample=8, window=2, promoted=6, nearest=3)
@@ -106,29 +107,43 @@ def test_a_concept_gives_its_features_the_best_first(made):
 def test_a_text_gives_the_features_that_it_activates(made):
     model, built, loaded = made
     text = "we like Paris"
-    found = search.by_text(built, model, loaded, text, top=400, max_density=1.0)
     tokens = model.tokens(text)
-    scores = {}
-    for name, one in loaded.items():
-        sites = [model.capture(tokens, [site])[site][0] for site in one.config.reads]
-        x = sites[0] if len(sites) == 1 else torch.stack(sites, dim=1)
-        acts = one.dictionary.encode(x).flatten(1)
-        records = built.latents(name).records
-        for latent in range(acts.shape[1]):
-            peak, density = float(records["peak"][latent]), float(records["density"][latent])
-            if peak > 0 and density < 1:
-                strength = sum(min(float(a) / peak, 1) for a in acts[1:, latent])
-                if strength > 0:
-                    scores[f"{name}/{latent}"] = strength * -np.log(density)
-    assert {hit.id: pytest.approx(hit.score, rel=1e-4) for hit in found.hits} == scores
+    one = loaded["resid_post.1"]
+    every = [model.capture(model.tokens(t), ["resid_post.1"])["resid_post.1"][0, 1:] for t in TEXTS]
+    known = one.dictionary.encode(torch.cat(every))
+    acts = one.dictionary.encode(model.capture(tokens, ["resid_post.1"])["resid_post.1"][0])
+    latents = [i for i in range(20) if (acts[2:, i] > 0).any()]
+
+    def share_above(value: float, latent: int) -> float:
+        """Of the index's tokens, those with an activation in a higher bin, and half of those in the same."""
+        level = brute.bin_number(value) if value > 0 else -1
+        levels = [brute.bin_number(float(v)) if v > 0 else -1 for v in known[:, latent]]
+        return sum(other > level for other in levels) / len(levels) + sum(x == level for x in levels) / len(levels) / 2
+
+    scores = {i: np.mean([1 - share_above(float(a), i) for a in acts[2:, i]]) for i in latents}
+    alone = {"resid_post.1": one}
+    assert len(tokens) == 4
+    found = search.by_text(built, model, alone, text, top=400, at=[2, 3])
+    assert {hit.id: pytest.approx(hit.score, abs=1e-6) for hit in found.hits} == {
+        f"resid_post.1/{i}": score for i, score in scores.items()
+    }
+    whole = search.by_text(built, model, alone, text, top=400)
+    for hit in whole.hits:
+        latent = int(hit.id.split("/")[1])
+        values = [float(a) for a in acts[1:, latent]]
+        surprise = [-np.log(max(share_above(v, latent), 1e-9)) if v > 0 else 0.0 for v in values]
+        assert hit.score == pytest.approx(np.mean(surprise), abs=1e-6)
+        assert hit.values == pytest.approx(acts[:, latent].tolist(), abs=1e-5)
+    found = search.by_text(built, model, loaded, text, top=400)
     assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
-    last = search.by_text(built, model, loaded, text, top=5, at=[-1], max_density=1.0)
+    assert {hit.id.split("/")[0] for hit in found.hits} == set(loaded)
+    last = search.by_text(built, model, loaded, text, top=5, at=[-1])
     assert all(hit.values[-1] > 0 for hit in last.hits)
     capped = search.by_text(built, model, loaded, text, top=400, max_density=0.2)
     assert {hit.id for hit in capped.hits} == {h.id for h in found.hits if h.density <= 0.2}
     with pytest.raises(InputError, match="position 99"):
         search.by_text(built, model, loaded, text, at=[99])
-    by_token = search.tokens_to_features(built, model, "z.1", loaded["z.1"], text, max_density=1.0)
+    by_token = search.tokens_to_features(built, model, "z.1", loaded["z.1"], text)
     assert [piece for piece, _ in by_token] == list(tokens.pieces[1:])
 
 

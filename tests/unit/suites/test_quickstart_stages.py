@@ -85,7 +85,7 @@ def test_a_suite_holds_one_of_every_other_kind_and_remakes_only_those(built, cop
         "evaluate": False,
         "harvest more": True,
         "train more": True,
-        "index": True,
+        "index": False,
     }
     assert torch.equal(again.other(suite.others[-1]).dictionary.W_enc[0], weights)
     with pytest.raises(InputError, match="its others are"):
