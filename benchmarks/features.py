@@ -6,8 +6,9 @@ fivefold in 80 % of the concepts tried, random latents with as large a push do n
 
 The suite is ./suites/microworld-it if it is there, else it is built. Texts are held out and of another seed than those
 of the index and of the AUROCs. The text of a concept is the held-out documents with the largest share of its tokens, up
-to 160 tokens, and the search is at its tokens. The best feature to steer is, of those with an AUROC of at least 0.9,
-the one that raises the logits of the concept's words most beside all others, as the decoder says.
+to 240 tokens, and the search is at its tokens. The best feature to steer is the one whose direction, through the final
+norm's gain, would give the concept's words the largest share of the next token, were it added at twice its largest
+activation to the mean prediction.
 """
 
 import random
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from _common import Result, arguments, machine, report
 
+from gemscope.activations.positions import content_mask
 from gemscope.artifacts.config import Loaded
 from gemscope.dictionaries.logit_effects import logit_effects
 from gemscope.evaluation.concepts import FOUND_AUROC, MIN_POSITIVES, ActiveEntries, auroc_matrix
@@ -27,15 +29,16 @@ from gemscope.features.search import by_text
 from gemscope.features.steering import Steer, interventions
 from gemscope.microworld.concepts import words
 from gemscope.models.gemma import Gemma
-from gemscope.models.tokens import Tokens
+from gemscope.models.interventions import Intervention
+from gemscope.models.tokens import Batch, Tokens
 from gemscope.suites.config import QuickstartConfig
 from gemscope.suites.corpus import LabelledText, heldout_text
 from gemscope.suites.indexing import dictionaries_of, open_index
 from gemscope.suites.quickstart import quickstart
 from gemscope.suites.suite import Suite
 
-TEXT_TOKENS = 160
-STRENGTHS = (1.0, 2.0, 4.0)
+TEXT_TOKENS = 240
+STRENGTHS = (2.0, 4.0, 8.0)
 RANDOM = 3
 Scores = Mapping[str, torch.Tensor]
 
@@ -104,46 +107,47 @@ def first_tokens(gemma: Gemma, concept: str) -> list[int]:
     return sorted(ids)
 
 
-def push(gemma: Gemma, one: Loaded, latent: int, ids: list[int]) -> float:
-    """By how much, in standard deviations, the latent raises the concept's words above all others."""
-    site = one.config.writes[0]
-    if not writes_to_stream(site):
-        return float("-inf")
-    row = to_stream(gemma, site, directions(one, latent, latent + 1)).float()
-    effects = logit_effects(row, gemma.final_gain(), gemma.unembedding().float())[0]
-    return float((effects[ids].mean() - effects.mean()) / effects.std())
+def shares(gemma: Gemma, suite: Suite, dictionaries: Mapping[str, Loaded], batch: Batch) -> Scores:
+    """Next-token probabilities [latents, vocab] that each latent's direction makes of the mean prediction."""
+    mask, index = content_mask(batch), open_index(suite)
+    captured = gemma.capture(batch, ["final_in"], logits=True)
+    assert captured.logits is not None
+    mean = captured.logits[mask].float().softmax(-1).mean(0).clamp(min=1e-9).log()
+    size = captured["final_in"][mask].float().square().mean(-1).sqrt().mean()
+    found: dict[str, torch.Tensor] = {}
+    for name, one in dictionaries.items():
+        if one.dictionary.n_positions == 1 and writes_to_stream(one.config.writes[0]):
+            rows = to_stream(gemma, one.config.writes[0], directions(one, 0, one.dictionary.n_latents)).float()
+            peak = torch.from_numpy(index.latents(name).records["peak"].copy())
+            effects = logit_effects(rows, gemma.final_gain(), gemma.unembedding().float())
+            found[name] = (mean + 2 * peak[:, None] * effects / size).softmax(-1)
+    return found
 
 
-def chance(gemma: Gemma, batch: object, ids: list[int], changes: list) -> float:
+def chance(gemma: Gemma, batch: Batch, ids: list[int], changes: list[Intervention]) -> float:
     """Mean probability, over the prompts' content positions, that the next token begins a word of the concept."""
-    logits = gemma.logits(batch, interventions=changes).float()  # type: ignore[arg-type]
-    mask = torch.zeros(logits.shape[:2], dtype=torch.bool)
-    for row, item in enumerate(batch.items):  # type: ignore[attr-defined]
-        mask[row, : len(item)] = item.content_mask
-    return float(logits[mask].softmax(-1)[:, ids].sum(-1).mean())
+    logits = gemma.logits(batch, interventions=changes).float()
+    return float(logits[content_mask(batch)].softmax(-1)[:, ids].sum(-1).mean())
 
 
 def steering(
-    gemma: Gemma, suite: Suite, dictionaries: Mapping[str, Loaded], text: LabelledText, names: list[str], scores: Scores
+    gemma: Gemma, suite: Suite, dictionaries: Mapping[str, Loaded], text: LabelledText, names: list[str]
 ) -> list[Result]:
     """Share of the concepts whose probability rises fivefold."""
     index, draw = open_index(suite), random.Random(0)
     prompts = [gemma.tokens_of(item.ids[:24]) for item in text.items if "<start_of_turn>" not in item.text][:16]
     batch = gemma.batch(prompts)
-    raised = {strength: 0 for strength in STRENGTHS}
-    by_chance = {strength: 0 for strength in STRENGTHS}
+    raised, by_chance = dict.fromkeys(STRENGTHS, 0), dict.fromkeys(STRENGTHS, 0)
+    told = shares(gemma, suite, dictionaries, batch)
     tried = 0
-    for column, concept in enumerate(names):
-        good = [
-            (name, latent)
-            for name, one in scores.items()
-            for latent in (one[:, column] >= FOUND_AUROC).nonzero()[:, 0].tolist()
-        ]
-        if not good or not words(concept):
+    for concept in names:
+        if not words(concept):
             continue
         tried += 1
         ids = first_tokens(gemma, concept)
-        name, latent = max(good, key=lambda one: push(gemma, dictionaries[one[0]], one[1], ids))
+        best = {key: one[:, ids].sum(1).max(0) for key, one in told.items()}
+        name = max(best, key=lambda key: float(best[key].values))
+        latent = int(best[name].indices)
         before = chance(gemma, batch, ids, [])
         one = Steer.of(index, f"{name}/{latent}")
         length = _length(dictionaries, one)
@@ -187,7 +191,7 @@ def main() -> None:
         names, scores = aurocs(gemma, dictionaries, heldout_text(gemma, config.heldout_tokens, config.seed))
         text = heldout_text(gemma, config.heldout_tokens, config.seed + 77)
         report(searching(gemma, suite, dictionaries, text, names, scores), options.json)
-        report(steering(gemma, suite, dictionaries, text, names, scores), options.json)
+        report(steering(gemma, suite, dictionaries, text, names), options.json)
 
 
 if __name__ == "__main__":

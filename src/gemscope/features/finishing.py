@@ -59,8 +59,8 @@ def finish(
         "provenance": collect(seeds={"seed": config.seed}).as_dict(),
     }
     write_json(folder / "index.json", json.loads(json.dumps(about, default=str)))
-    for part in ("counted", locks.FOLDER):
-        shutil.rmtree(folder / part, ignore_errors=True)
+    for done in ("counted", locks.FOLDER):
+        shutil.rmtree(folder / done, ignore_errors=True)
 
 
 def _write_contexts(folder: Path) -> tuple[Int[Tensor, " tokens"], layout.Array]:
