@@ -127,7 +127,8 @@ def next_steps(suite: Suite, model: str, folder: Path | None, *, chat: bool) -> 
     commands = [
         f'look{where} "The capital of France is Paris."',
         *([f'look{where} --chat "What is the capital of Japan?"'] if chat else []),
-        f"look{where} --layer {suite.sites[0].layer} --json < text.txt",
+        f'find{where} --text "The capital of France is Paris."',
+        f"feature{where} {suite.best_site()}/0",
     ]
     lines = [f"The suite is in {suite.folder}. Look at a text through it:", ""]
     lines += [f"  gemscope {command}" for command in commands]

@@ -188,21 +188,10 @@ class Vocabulary:
         """
         ids = list(ids)
         pieces = [self._piece(i) for i in ids]
-        text, offsets, start = "", list[Span](), 0
         if ids and ids[0] == self.bos_id:
-            offsets, start = [(0, 0)], 1
-        while start < len(ids):
-            stop = start
-            while stop < len(ids) and _BYTE.fullmatch(pieces[stop]):
-                stop += 1
-            if stop > start:
-                chars, owner = _join_bytes([int(piece[3:5], 16) for piece in pieces[start:stop]])
-                offsets += [(len(text) + at, len(text) + at + 1) for at in owner]
-                text, start = text + chars, stop
-                continue
-            surface = pieces[start].replace(_SPACE, " ")
-            offsets.append((len(text), len(text) + len(surface)))
-            text, start = text + surface, start + 1
+            text, offsets = spelled(pieces[1:])
+            return text, pieces, [(0, 0), *offsets]
+        text, offsets = spelled(pieces)
         return text, pieces, offsets
 
     def _piece(self, token: int) -> str:
@@ -224,6 +213,26 @@ def collate(items: Sequence[Tokens], pad_id: int, side: Literal["right", "left"]
         ids[row, at] = item.ids
         mask[row, at] = True
     return Batch(ids=ids, mask=mask, items=tuple(items), side=side)
+
+
+def spelled(pieces: Sequence[str]) -> tuple[str, list[Span]]:
+    """The text that the vocabulary's spellings make, and the span of each; bytes that are no valid UTF-8 become U+FFFD
+    each.
+    """
+    text, offsets, start = "", list[Span](), 0
+    while start < len(pieces):
+        stop = start
+        while stop < len(pieces) and _BYTE.fullmatch(pieces[stop]):
+            stop += 1
+        if stop > start:
+            chars, owner = _join_bytes([int(piece[3:5], 16) for piece in pieces[start:stop]])
+            offsets += [(len(text) + at, len(text) + at + 1) for at in owner]
+            text, start = text + chars, stop
+            continue
+        surface = pieces[start].replace(_SPACE, " ")
+        offsets.append((len(text), len(text) + len(surface)))
+        text, start = text + surface, start + 1
+    return text, offsets
 
 
 def _join_bytes(values: Sequence[int]) -> tuple[str, list[int]]:

@@ -43,6 +43,9 @@ class QuickstartConfig:
     other_l0_factor: float = 3.0
     """Target L0 of a CLT or crosscoder, over all its layers, in ``target_l0``."""
 
+    index_tokens: int = 30_000
+    """Content tokens that the feature index is made over, at most ``tokens``."""
+
     def train_config(self, site: Site) -> TrainConfig:
         """How the dictionary at one site is trained."""
         return TrainConfig(

@@ -1,4 +1,4 @@
-"""From a model's name to a suite, in stages: harvest, train, evaluate, and one small dictionary of every other kind.
+"""From a model's name to a suite, in stages: harvest, train, evaluate, one small dictionary of every other kind, index.
 
 Notable:
 - what a stage writes appears whole under its final name or not at all, and carries a *key*: a hash of the
@@ -32,7 +32,7 @@ from gemscope.evaluation.subject import Subject
 from gemscope.models.gemma import Gemma
 from gemscope.models.loading import BUILT_IN
 from gemscope.models.weights import weights_hash
-from gemscope.suites import others
+from gemscope.suites import indexing, others
 from gemscope.suites.config import QuickstartConfig
 from gemscope.suites.corpus import fingerprint, heldout_text, training_text
 from gemscope.suites.suite import Suite, activations_folder, dictionary_folder, evaluation_path
@@ -45,7 +45,7 @@ class StageProgress:
     """Where a stage stands."""
 
     stage: str
-    """``text``, ``harvest``, ``train`` or ``evaluate``."""
+    """``text``, ``harvest``, ``train``, ``evaluate`` or ``index``, or one of those with `` more``."""
     done: int
     total: int
     unit: str
@@ -115,6 +115,7 @@ def quickstart(
     _train_stage(run)
     _evaluate_stage(run)
     names = _others_stage(run)
+    _index_stage(run, names)
     if (folder / "suite.json").is_file():
         return Suite.open(folder)
     about = {
@@ -266,7 +267,7 @@ def _is_trained(run: _Run, site: Site) -> bool:
 def _others_stage(run: _Run) -> tuple[str, ...]:
     """The dictionaries of the other kinds, all in one pass; their names."""
     wanted = others.others(run.gemma.shape.n_layers, run.config)
-    key = _key(
+    key = run.keys["train more"] = _key(
         weights=run.weights,
         text=fingerprint(run.gemma, "train", run.config.seed),
         train=[config.as_dict() for config in wanted.configs],
@@ -283,6 +284,18 @@ def _others_stage(run: _Run) -> tuple[str, ...]:
 
     others.build(run.gemma, run.model, run.folder, run.config, key, count)
     return wanted.names
+
+
+def _index_stage(run: _Run, names: tuple[str, ...]) -> None:
+    """The evidence for every latent of all dictionaries."""
+    config = run.config
+    tokens = min(config.tokens, config.index_tokens)
+    key = _key(keys=run.keys, others=names, tokens=tokens)
+    if indexing.is_indexed(run.folder, key):
+        run.reused("index", "tokens", tokens)
+        return
+    run.remaking()
+    indexing.build_index(run.gemma, run.folder, run.sites, names, config, key, run.counter("index", "tokens"))
 
 
 def _evaluate_stage(run: _Run) -> None:

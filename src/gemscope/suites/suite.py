@@ -5,6 +5,7 @@ activations/              the harvested rows (gemscope.activations.sets)
 dictionaries/<site>/      one dictionary, native format
 evaluation/<site>.json    its measures on held-out text
 others/<name>/            one dictionary of each other kind, with its measures in its config
+index/                    the evidence for every latent of all of them (gemscope.features)
 """
 
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ def dictionary_folder(folder: Path, site: Site) -> Path:
 def evaluation_path(folder: Path, site: Site) -> Path:
     """The measures of one dictionary of the suite in ``folder``."""
     return folder / "evaluation" / f"{site}.json"
+
+
+def index_folder(folder: Path) -> Path:
+    """The feature index of the suite in ``folder``."""
+    return folder / "index"
 
 
 @dataclass(frozen=True)

@@ -148,12 +148,12 @@ def test_quickstart_shows_each_stage_and_the_table_without_control_codes(run, ti
     done = run(*words)
     assert done.exit_code == 0, done.output
     stages = [line.split()[0] for line in done.stderr.splitlines()]
-    assert stages == ["text", "harvest", "train", "evaluate", "harvest", "train"]
+    assert stages == ["text", "harvest", "train", "evaluate", "harvest", "train", "index"]
     assert sum(line.startswith("resid_post.") for line in done.stdout.splitlines()) == 4
     assert f"gemscope look --suite {tmp_path / 's'}" in done.stdout
     assert "\x1b" not in done.output
     again = run(*words)
-    assert again.stderr.count("kept from before") == 3
+    assert again.stderr.count("kept from before") == 4
 
 
 def test_a_terminal_gets_bars_and_no_color_is_respected(tiny_folder, tmp_path):

@@ -9,6 +9,7 @@ from gemscope.activations.sets import ActivationSet
 from gemscope.core.errors import FormatError, InputError
 from gemscope.suites import quickstart as module
 from gemscope.suites.config import QuickstartConfig
+from gemscope.suites.indexing import open_index
 from gemscope.suites.quickstart import quickstart, weights_hash
 from gemscope.suites.suite import Suite, dictionary_folder, evaluation_path
 from unit.models import tiny_gemma
@@ -26,7 +27,7 @@ def model():
 def run(model, folder, config=CONFIG):
     """Build and say which stages of the headline worked (True) and which were kept (False)."""
     suite, worked = run_all(model, folder, config)
-    return suite, {stage: new for stage, new in worked.items() if not stage.endswith(" more")}
+    return suite, {stage: new for stage, new in worked.items() if stage != "index" and not stage.endswith(" more")}
 
 
 def run_all(model, folder, config=CONFIG):
@@ -84,10 +85,30 @@ def test_a_suite_holds_one_of_every_other_kind_and_remakes_only_those(built, cop
         "evaluate": False,
         "harvest more": True,
         "train more": True,
+        "index": False,
     }
     assert torch.equal(again.other(suite.others[-1]).dictionary.W_enc[0], weights)
     with pytest.raises(InputError, match="its others are"):
         again.other("nothing")
+
+
+def test_a_suite_ends_with_an_index_of_all_its_dictionaries(built, copy, model):
+    suite, _ = built
+    index = open_index(suite)
+    assert index.names == (*map(str, suite.sites), *suite.others)
+    assert index.about["tokens"] >= 2500
+    for site in suite.sites:
+        concepts = suite.evaluation(site).concepts
+        for latent, name in enumerate(concepts.latent_concept):
+            labels = [x.text for x in index.feature(f"{site}/{latent}").labels if x.source == "concept"]
+            assert name is None or name.replace("_", " ") in labels
+    shutil.rmtree(copy / "index")
+    with pytest.raises(FormatError, match="gemscope quickstart"):
+        open_index(Suite.open(copy))
+    _, worked = run_all(model, copy)
+    assert worked == {"train": False, "evaluate": False, "train more": False, "index": True}
+    for path in (suite.folder / "index").rglob("*.npy"):
+        assert path.read_bytes() == (copy / path.relative_to(suite.folder)).read_bytes()
 
 
 def test_a_second_run_keeps_everything(copy, model):

@@ -1,0 +1,334 @@
+"""``gemscope index``, ``find``, ``feature`` and ``steer``: the features of a suite, or of an index of its own."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemscope.core.errors import InputError
+
+if TYPE_CHECKING:
+    from gemscope.artifacts.config import Loaded
+    from gemscope.features.index import FeatureIndex
+    from gemscope.features.search import Hit
+    from gemscope.models.gemma import Gemma
+    from gemscope.suites.suite import Suite
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Built-in name, model folder or hub id.", show_default="microworld-it"),
+]
+SuiteFolder = Annotated[
+    Path | None, typer.Option("--suite", "-s", help="Folder of a suite.", show_default="suites/MODEL")
+]
+IndexFolder = Annotated[
+    Path | None, typer.Option("--index", "-i", help="Folder of an index.", show_default="the suite's")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Top = Annotated[int, typer.Option("--top", "-k", help="Features to show.", min=1)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command in (index, find, feature, steer):
+        app.command()(command)
+
+
+def index(
+    store: Annotated[Path | None, typer.Option(help="Folder of a store of activations.", show_default=False)] = None,
+    dictionary: Annotated[
+        list[Path] | None, typer.Option("--dictionary", "-d", help="Folder of a dictionary; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the index; the same one again goes on.")] = Path(
+        "index"
+    ),
+    model: Model = None,
+    share: Annotated[str, typer.Option("--slice", help="Of several workers, which: 0/3.")] = "0/1",
+    suite: SuiteFolder = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--from", help="Read a bundle in Neuronpedia's layout.", show_default=False)
+    ] = None,
+    into: Annotated[
+        Path | None, typer.Option("--to", help="Write the index in Neuronpedia's layout.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Index every latent of dictionaries over a store, in one pass; or read and write indexes of others.
+
+    With --store, run it on several machines with --slice i/n; who comes last writes the index. What was finished is
+    kept after a stop.
+    """
+    from gemscope.cli.terminal import err
+    from gemscope.cli.terminal import out as screen
+    from gemscope.features.index import FeatureIndex
+    from gemscope.features.neuronpedia import export_bundle, import_bundle
+
+    if into is not None:
+        _, made = _opened(suite, model, out if (out / "index.json").is_file() else None)
+        written = export_bundle(made, into)
+        screen().print(f"{len(written)} files in {into}")
+        return
+    made = import_bundle(bundle, out) if bundle is not None else _build(store, dictionary or [], out, model, share)
+    if made is None:
+        err().print("this slice is done; the index is written when all slices are.")
+        return
+    assert isinstance(made, FeatureIndex)
+    if as_json:
+        print(json.dumps(dict(made.about), indent=2, ensure_ascii=False))
+    else:
+        screen().print(
+            f"{len(made):,} latents of {len(made.names)} dictionaries over {made.about['tokens']:,} tokens: {out}"
+        )
+
+
+def _build(store: Path | None, folders: list[Path], out: Path, model: str | None, share: str) -> "FeatureIndex | None":
+    from gemscope.activations.harvesting import Slice
+    from gemscope.activations.store import Store
+    from gemscope.artifacts import formats
+    from gemscope.cli.terminal import StageBars
+    from gemscope.features.blocks import StoreRows
+    from gemscope.features.index import index as build
+    from gemscope.models.gemma import Gemma
+    from gemscope.suites.quickstart import StageProgress
+
+    if store is None or not folders:
+        raise InputError("give a store with --store and at least one --dictionary; a suite has its index already.")
+    opened = Store.open(store)
+    found = {_name(loaded, folder): loaded for folder in folders for loaded in [formats.load(folder)]}
+    if len(found) < len(folders):
+        raise InputError("two of the dictionaries have the same name; give their folders different names.")
+    gemma = Gemma.load(model or str(opened.plan.config["model"]))
+    with StageBars() as bars:
+        return build(
+            out,
+            StoreRows(opened),
+            found,
+            gemma=gemma,
+            share=Slice.parse(share),
+            progress=lambda done, total: bars(StageProgress("index", done, total, "tokens")),
+        )
+
+
+def _name(loaded: "Loaded", folder: Path) -> str:
+    """The folder's name, or its site's where it is called so."""
+    return folder.resolve().name or str(loaded.config.site)
+
+
+def _opened(suite: Path | None, model: str | None, folder: Path | None) -> "tuple[Suite | None, FeatureIndex]":
+    """The suite, if that is where the index comes from, and the index."""
+    from gemscope.cli.inputs import open_suite
+    from gemscope.features.index import FeatureIndex
+    from gemscope.suites.indexing import open_index
+
+    if folder is not None:
+        return None, FeatureIndex.open(folder)
+    opened = open_suite(model, suite)
+    return opened, open_index(opened)
+
+
+def _dictionaries(suite: "Suite | None", given: list[Path] | None) -> "dict[str, Loaded]":
+    from gemscope.artifacts import formats
+    from gemscope.suites.indexing import dictionaries_of
+
+    if given:
+        return {_name(loaded, folder): loaded for folder in given for loaded in [formats.load(folder)]}
+    if suite is None:
+        raise InputError("this needs the dictionaries themselves: give their folders with --dictionary.")
+    return dictionaries_of(suite.folder, suite.sites, suite.others)
+
+
+def _gemma(model: str | None, made: "FeatureIndex") -> "Gemma":
+    from gemscope.models.gemma import Gemma
+
+    return Gemma.load(model or made.about["model"], revision=None if model else made.about["revision"])
+
+
+def find(
+    words: Annotated[str | None, typer.Argument(help="Words of labels; the end of one may be *.")] = None,
+    text: Annotated[str | None, typer.Option("--text", "-t", help="Features that this text activates.")] = None,
+    at: Annotated[list[str] | None, typer.Option(help="Of the text, only tokens with these letters.")] = None,
+    by_token: Annotated[bool, typer.Option("--by-token", help="Of the text, token by token.")] = False,
+    concept: Annotated[str | None, typer.Option(help="Features of a known concept.")] = None,
+    like: Annotated[str | None, typer.Option(help="Features that point where this one does.")] = None,
+    promotes: Annotated[str | None, typer.Option(help="Features that promote this token.")] = None,
+    meaning: Annotated[str | None, typer.Option(help="Labels that mean this; needs --embed.")] = None,
+    embed: Annotated[str | None, typer.Option(help="Embedding model: a folder or hub id.")] = None,
+    max_density: Annotated[float, typer.Option(help="Of a text, leave out denser features.")] = 1.0,
+    dictionary: Annotated[
+        list[Path] | None, typer.Option("--dictionary", "-d", help="With --index: their folders.")
+    ] = None,
+    top: Top = 10,
+    suite: SuiteFolder = None,
+    folder: IndexFolder = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Find features: by words, text, concept, promoted token, direction or meaning."""
+    from gemscope.cli import features_view as view
+    from gemscope.cli.terminal import out
+    from gemscope.features import search
+
+    opened, made = _opened(suite, model, folder)
+    ways = [w for w in (words, text, concept, like, promotes, meaning) if w is not None]
+    if len(ways) != 1:
+        raise InputError("say one thing to find: words, or --text, --concept, --like, --promotes or --meaning.")
+    if text is not None:
+        _find_text(
+            made, _gemma(model, made), _dictionaries(opened, dictionary), text, at, by_token, top, max_density, as_json
+        )
+        return
+    if meaning is not None:
+        hits = _by_meaning(made, meaning, embed, top)
+    elif words is not None:
+        hits = search.by_words(made, words, top)
+    elif concept is not None:
+        hits = search.by_concept(made, concept, top)
+    elif promotes is not None:
+        hits = search.by_promoted(made, promotes, top)
+    else:
+        hits = search.like(made, _dictionaries(opened, dictionary), str(like), top)
+    if as_json:
+        print(json.dumps([one.as_dict() for one in hits], ensure_ascii=False, indent=2))
+    else:
+        out().print(view.hits(hits, out().width))
+
+
+def _by_meaning(made: "FeatureIndex", meaning: str, embed: str | None, top: int) -> "list[Hit]":
+    from gemscope.features.meaning import TextModel, by_meaning, embed_labels
+
+    if embed is None:
+        raise InputError("searching by meaning needs an embedding model; give its folder with --embed.")
+    embedder = TextModel(embed)
+    if not (made.folder / "meaning.safetensors").is_file():
+        embed_labels(made, embedder)
+    return by_meaning(made, embedder, meaning, top)
+
+
+def _find_text(
+    made: "FeatureIndex",
+    gemma: "Gemma",
+    dictionaries: "dict[str, Loaded]",
+    text: str,
+    letters: list[str] | None,
+    by_token: bool,
+    top: int,
+    max_density: float,
+    as_json: bool,
+) -> None:
+    from gemscope.cli import features_view as view
+    from gemscope.cli.terminal import out
+    from gemscope.features.search import by_text
+
+    tokens = gemma.tokens(text)
+    content = tokens.content_mask.nonzero()[:, 0].tolist()
+    chosen = [i for i in content if not letters or any(one in tokens.pieces[i] for one in letters)]
+    if not chosen:
+        raise InputError(f"no token of the text has the letters {letters}; its tokens are {' '.join(tokens.pieces)}.")
+    runs = [[i] for i in chosen] if by_token else [chosen]
+    found = [by_text(made, gemma, dictionaries, tokens, top, at=run, max_density=max_density) for run in runs]
+    if as_json:
+        print(
+            json.dumps(
+                [one.as_dict() for one in found] if by_token else found[0].as_dict(), ensure_ascii=False, indent=2
+            )
+        )
+        return
+    for run, one in zip(runs, found, strict=True):
+        if by_token:
+            out().print(f"[bold]{view.plain(tokens.pieces[run[0]])}[/]")
+        out().print(view.hits(one.hits, out().width, tokens))
+
+
+def feature(
+    name: Annotated[str, typer.Argument(help="DICTIONARY/LATENT, as resid_post.4/1234.", show_default=False)],
+    examples: Annotated[int, typer.Option("--examples", "-n", help="Examples to show of each kind.", min=1)] = 5,
+    suite: SuiteFolder = None,
+    folder: IndexFolder = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Show everything that is known of one feature."""
+    from gemscope.cli import features_view as view
+    from gemscope.cli.terminal import out
+
+    _, made = _opened(suite, model, folder)
+    page = made.feature(name)
+    if as_json:
+        print(json.dumps(page.as_dict(), ensure_ascii=False, indent=2))
+    else:
+        out().print(view.page(page, made.about, out().width, examples), soft_wrap=False)
+
+
+def steer(
+    text: Annotated[str | None, typer.Argument(help="The prompt; standard input when absent or '-'.")] = None,
+    chosen: Annotated[
+        list[str] | None, typer.Option("--feature", "-f", help="FEATURE, or FEATURE=STRENGTH; may be repeated.")
+    ] = None,
+    strength: Annotated[float, typer.Option("--strength", help="In units of the feature's largest activation.")] = 1.0,
+    mode: Annotated[str, typer.Option(help="add, clamp or ablate.")] = "add",
+    where: Annotated[str, typer.Option(help="all, prompt, generated, or positions: 3,4.")] = "all",
+    special: Annotated[bool, typer.Option("--special", help="Steer control tokens and the chat template too.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Take the text as a user's turn.")] = False,
+    tokens: Annotated[int, typer.Option(help="New tokens at most.", min=1)] = 32,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws, the same on both sides.")] = 0,
+    dictionary: Annotated[
+        list[Path] | None, typer.Option("--dictionary", "-d", help="With --index: their folders.")
+    ] = None,
+    suite: SuiteFolder = None,
+    folder: IndexFolder = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Generate with features strengthened or removed, beside the model as it is."""
+    from gemscope.cli import features_view as view
+    from gemscope.cli.inputs import read_text
+    from gemscope.cli.terminal import out
+    from gemscope.features.steering import Steer
+    from gemscope.features.steering import steer as run
+    from gemscope.models.chat import Turn
+
+    if not chosen:
+        raise InputError("nothing to steer; name a feature, as in --feature resid_post.4/1234=2.")
+    words = read_text(text)
+    opened, made = _opened(suite, model, folder)
+    steers: list[Steer] = []
+    for one in chosen:
+        name, _, number = one.partition("=")
+        steers.append(Steer.of(made, name, _mode(mode), _number(number) if number else strength))
+    options: dict[str, Any] = {"max_new_tokens": tokens, "temperature": temperature, "seed": seed, "special": special}
+    found = run(
+        _gemma(model, made),
+        _dictionaries(opened, dictionary),
+        [Turn("user", words)] if chat else words,
+        steers,
+        where=_where(where),
+        **options,
+    )
+    if as_json:
+        print(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
+    else:
+        out().print(view.steered(found, out().width))
+
+
+def _mode(mode: str) -> Any:
+    if mode not in ("add", "clamp", "ablate"):
+        raise InputError(f"cannot steer by {mode!r}; use add, clamp or ablate.")
+    return mode
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"the strength {text!r} is no number; write for example resid_post.4/1234=2.") from error
+
+
+def _where(text: str) -> Any:
+    if text in ("all", "prompt", "generated"):
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"cannot steer at {text!r}; use all, prompt, generated, or positions such as 3,4.") from error

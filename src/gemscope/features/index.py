@@ -1,0 +1,383 @@
+"""An index of features: made in one pass over rows, opened in an instant, read latent by latent."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemscope.activations.harvesting import Slice
+from gemscope.artifacts.config import Loaded
+from gemscope.core.errors import FormatError, InputError
+from gemscope.core.files import read_json
+from gemscope.features import histogram, layout
+from gemscope.features.blocks import Rows
+from gemscope.features.config import IndexConfig
+from gemscope.features.database import Database, Label
+from gemscope.features.finishing import finish
+from gemscope.features.passing import Progress, count_units, plan_of, whole
+from gemscope.features.spelling import readable
+from gemscope.models.gemma import Gemma
+
+
+def index(
+    folder: Path | str,
+    rows: Rows,
+    dictionaries: Mapping[str, Loaded],
+    config: IndexConfig | None = None,
+    *,
+    gemma: Gemma | None = None,
+    share: Slice | None = None,
+    progress: Progress | None = None,
+) -> "FeatureIndex | None":
+    """Index ``dictionaries`` (name -> dictionary) over ``rows`` in ``folder``, or what is missing of that, or a slice.
+
+    ``gemma`` is needed for promoted tokens and spellings. The result depends on rows, dictionaries and config only, not
+    on slices, interruptions or resumes; None while other slices have not done theirs. Raises InputError for another
+    index in that folder, StorageError when the disk is full.
+    """
+    folder, config = Path(folder), config or IndexConfig()
+    if (folder / "index.json").is_file() and read_json(folder / "plan.json") == plan_of(rows, dictionaries, config):
+        return FeatureIndex.open(folder)
+    if not count_units(folder, rows, dictionaries, config, share=share, progress=progress):
+        return None
+    finish(folder, whole(folder, dictionaries, config, rows), dictionaries, config, gemma, rows.describe())
+    return FeatureIndex.open(folder)
+
+
+@dataclass(frozen=True)
+class FeatureId:
+    """One latent of an index."""
+
+    dictionary: str
+    latent: int
+
+    def __str__(self) -> str:
+        return f"{self.dictionary}/{self.latent}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context with a marked token."""
+
+    tokens: tuple[str, ...]
+    """What each token adds to the text; the bytes of a character after its first are empty."""
+    values: tuple[float, ...]
+    """Activation of the latent on each; known within the index's window around the marked token, else 0."""
+    marked: int
+    value: float
+    """Activation on the marked token."""
+    special: tuple[bool, ...]
+    """Which tokens are control tokens."""
+    doc: int
+    """The document's number in what was read."""
+    position: int
+    """Of the first token that is given, in the context."""
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A latent with something in common."""
+
+    feature: str
+    value: float
+    """Cosine, or Jaccard index."""
+    count: int | None = None
+    """Tokens on which both were active, of those that were sampled."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Everything an index knows of a latent."""
+
+    id: str
+    labels: tuple[Label, ...]
+    count: int
+    """Content tokens on which it is active."""
+    density: float
+    """Their share of all content tokens."""
+    peak: float
+    """The largest activation."""
+    special_count: int
+    special_peak: float
+    """The same on control tokens and the chat template, where they were read."""
+    steps: tuple[int, ...]
+    """Active tokens by their position in the context: 0, 1-2, 3-6, 7-14, ..."""
+    histogram: tuple[tuple[float, int], ...]
+    """(middle of a bin, activations in it)."""
+    promoted: tuple[tuple[str, float], ...]
+    suppressed: tuple[tuple[str, float], ...]
+    """(token, change of its logit per unit of activation, up to one positive factor)."""
+    by_output: tuple[tuple[tuple[str, float], ...], ...]
+    """Of a multi-layer kind: promoted tokens by output layer."""
+    nearest: tuple[Relative, ...]
+    elsewhere: tuple[Relative, ...]
+    """By decoder cosine: in the same dictionary, in all others."""
+    partners: tuple[Relative, ...]
+    top: tuple[Example, ...]
+    groups: tuple[tuple[Example, ...], ...]
+    """Random examples of each quantile group, from the weakest to the strongest."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """The arrays of one dictionary, memory-mapped."""
+
+    records: layout.Array
+    bins: layout.Array
+    examples: layout.Array
+    near: layout.Array
+    outputs: layout.Array | None
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Part of a context: tokens ``low`` to ``high`` are shown, ``ids`` are those from ``start`` on."""
+
+    first: int
+    low: int
+    high: int
+    start: int
+    ids: list[int]
+    doc: int
+
+
+_CHARACTER = 8
+"""Tokens that a character may be split into, at most, and some more."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureIndex:
+    """An open index. Make one with ``index``, open it with ``FeatureIndex.open``."""
+
+    folder: Path
+    about: Mapping[str, Any]
+    """``index.json``."""
+    database: Database
+    names: tuple[str, ...]
+    """Of the dictionaries, in order."""
+    sizes: Mapping[str, int]
+    firsts: Mapping[str, int]
+    """Number of each dictionary's first latent over all dictionaries."""
+    kinds: Mapping[str, Mapping[str, Any]]
+    """What is known of each dictionary: kind, sites, sizes."""
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "FeatureIndex":
+        """Read ``index.json``; raises FormatError when there is no finished index."""
+        folder = Path(folder)
+        if not (folder / "index.json").is_file():
+            raise FormatError(f"there is no finished index in {folder}; make it with: gemscope index --out {folder}")
+        about = read_json(folder / "index.json")
+        if (
+            not isinstance(about, dict)
+            or about.get("format") != layout.FORMAT
+            or about.get("version") != layout.VERSION
+        ):
+            raise FormatError(f"{folder} holds no {layout.FORMAT} of version {layout.VERSION}; make the index again.")
+        base = Database(folder / "index.sqlite")
+        rows = base.dictionaries()
+        return cls(
+            folder,
+            about,
+            base,
+            tuple(name for name, *_ in rows),
+            {name: latents for name, latents, _, _ in rows},
+            {name: first for name, _, first, _ in rows},
+            {name: kind for name, _, _, kind in rows},
+        )
+
+    def __len__(self) -> int:
+        return sum(self.sizes.values())
+
+    def find_id(self, text: str | FeatureId) -> FeatureId:
+        """Read ``resid_post.4/1234``; raises InputError with what there is."""
+        if isinstance(text, FeatureId):
+            name, number = text.dictionary, str(text.latent)
+        else:
+            name, _, number = text.rpartition("/")
+        if name not in self.sizes:
+            raise InputError(
+                f"there is no dictionary {name!r} in {self.folder}; write for example {self.names[0]}/0"
+                f" (dictionaries: {', '.join(self.names)})."
+            )
+        if not number.isdecimal() or int(number) >= self.sizes[name]:
+            raise InputError(f"there is no latent {number!r} of {name}; it has latents 0 to {self.sizes[name] - 1}.")
+        return FeatureId(name, int(number))
+
+    def number(self, feature: str | FeatureId) -> int:
+        """The latent's number over all dictionaries."""
+        found = self.find_id(feature)
+        return self.firsts[found.dictionary] + found.latent
+
+    def id_of(self, number: int) -> FeatureId:
+        """The way back."""
+        name = next(name for name in reversed(self.names) if self.firsts[name] <= number)
+        return FeatureId(name, number - self.firsts[name])
+
+    @cached_property
+    def _starts(self) -> layout.Array:
+        return layout.load(self.folder / "starts.npy")
+
+    @cached_property
+    def _docs(self) -> layout.Array:
+        return layout.load(self.folder / "docs.npy")
+
+    @cached_property
+    def tokens(self) -> layout.Array:
+        """Token ids of all contexts, memory-mapped."""
+        return layout.load(self.folder / "tokens.npy")
+
+    @cached_property
+    def _special(self) -> layout.Array:
+        return layout.load(self.folder / "special.npy")
+
+    @cached_property
+    def _open(self) -> dict[str, Latents]:
+        return {}
+
+    def latents(self, name: str) -> Latents:
+        """The arrays of a dictionary; ``records`` has one record a latent (docs/formats.md)."""
+        if name not in self._open:
+            folder = self.folder / "dictionaries" / name
+            outputs = folder / "outputs.npy"
+            records, bins, examples, near = (
+                layout.load(folder / f"{part}.npy") for part in ("latents", "bins", "examples", "near")
+            )
+            more = layout.load(outputs) if outputs.is_file() else None
+            self._open[name] = Latents(records, bins, examples, near, more)
+        return self._open[name]
+
+    def context(self, token: int) -> tuple[int, int, int]:
+        """(first token, one after the last, document) of the context that a token lies in."""
+        number = int(np.searchsorted(self._starts, token, side="right")) - 1
+        last = self._starts[number + 1] if number + 1 < len(self._starts) else len(self.tokens)
+        return int(self._starts[number]), int(last), int(self._docs[number])
+
+    def feature(self, feature: str | FeatureId, *, before: int | None = 24, after: int | None = 24) -> Feature:
+        """The page of a latent; examples have ``before`` and ``after`` tokens around the marked one (None: the whole
+        context). Raises InputError for a latent that does not exist.
+        """
+        found = self.find_id(feature)
+        parts = self.latents(found.dictionary)
+        record = parts.records[found.latent]
+        raw = list(self._raw_examples(parts, record))
+        spans = self._spans([token for token, *_ in raw], before, after)
+        spelled = self._spellings(record, parts, found.latent, spans)
+        examples = [self._example(*one, span, spelled) for one, span in zip(raw, spans, strict=True)]
+        cuts = np.cumsum([0, int(record["n_top"]), *record["n_group"].tolist()]).tolist()
+        groups = [examples[a:b] for a, b in pairwise(cuts[1:])]
+        return Feature(
+            id=str(found),
+            labels=tuple(self.database.labels(self.number(found))),
+            count=int(record["count"]),
+            density=float(record["density"]),
+            peak=float(record["peak"]),
+            special_count=int(record["special_count"]),
+            special_peak=float(record["special_peak"]),
+            steps=tuple(record["steps"].tolist()),
+            histogram=self._histogram(parts, record),
+            promoted=_shifts(record["promoted"], record["promoted_by"], spelled),
+            suppressed=_shifts(record["suppressed"], record["suppressed_by"], spelled),
+            by_output=()
+            if parts.outputs is None
+            else tuple(_shifts(one["token"], one["by"], spelled) for one in parts.outputs[found.latent]),
+            nearest=self._relatives(found.dictionary, record["nearest"], record["cosine"]),
+            elsewhere=tuple(
+                Relative(f"{self.names[which]}/{latent}", float(value))
+                for which, latent, value in zip(
+                    record["elsewhere_in"].tolist(),
+                    record["elsewhere"].tolist(),
+                    record["elsewhere_cosine"],
+                    strict=True,
+                )
+                if latent >= 0
+            ),
+            partners=self._relatives(
+                found.dictionary, record["partner"], record["partner_jaccard"], record["partner_count"]
+            ),
+            top=tuple(examples[: cuts[1]]),
+            groups=tuple(map(tuple, groups)),
+        )
+
+    def _histogram(self, parts: Latents, record: Any) -> tuple[tuple[float, int], ...]:
+        start = int(record["bins"])
+        bins = parts.bins[start : start + int(record["n_bins"])]
+        at = histogram.centres()[bins["bin"]] if "bin" in (bins.dtype.names or ()) else bins["centre"]
+        return tuple(zip(at.tolist(), bins["count"].tolist(), strict=True))
+
+    def _raw_examples(self, parts: Latents, record: Any) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
+        """(token, activation, activations around it) of each example."""
+        start = int(record["examples"])
+        count = int(record["n_top"]) + int(record["n_group"].sum())
+        near = int(record["near"])
+        rows = np.array(parts.examples[start : start + count])
+        around = np.array(parts.near[near : near + int(rows["near"].sum())])
+        values = layout.bfloat16(around["value"]) if around["value"].dtype.kind == "u" else around["value"]
+        pairs = list(zip(around["at"].tolist(), values.tolist(), strict=True))
+        ends = np.cumsum(rows["near"], dtype=np.int64).tolist()
+        every = zip(rows["token"].tolist(), rows["value"].tolist(), [0, *ends], ends, strict=False)
+        for token, value, first, last in every:
+            yield token, value, pairs[first:last]
+
+    def _spans(self, tokens: Sequence[int], before: int | None, after: int | None) -> list["_Span"]:
+        """What of their contexts is shown around some tokens, and read: a few more, so that no character is cut."""
+        around = _CHARACTER + (before or 0)
+        layout.prefetch(self.tokens, np.maximum(np.array(tokens, np.int64) - around, 0), 2 * around)
+        found: list[_Span] = []
+        for token in tokens:
+            first, last, doc = self.context(token)
+            low = first if before is None else max(first, token - before)
+            high = last if after is None else min(last, token + after + 1)
+            start, stop = max(first, low - _CHARACTER), min(last, high + _CHARACTER)
+            found.append(_Span(first, low, high, start, self.tokens[start:stop].tolist(), doc))
+        return found
+
+    def _spellings(
+        self, record: Any, parts: Latents, latent: int, spans: Sequence["_Span"]
+    ) -> dict[int, tuple[str, bool]]:
+        """Spellings of every token on the page, in one question."""
+        ids = {*record["promoted"].tolist(), *record["suppressed"].tolist()}
+        if parts.outputs is not None:
+            ids |= set(parts.outputs[latent]["token"].reshape(-1).tolist())
+        return self.database.pieces(ids.union(*(span.ids for span in spans)))
+
+    def _example(
+        self,
+        token: int,
+        value: float,
+        around: Sequence[tuple[int, float]],
+        span: "_Span",
+        spelled: Mapping[int, tuple[str, bool]],
+    ) -> Example:
+        pieces = [spelled.get(i, ("", False))[0] for i in span.ids]
+        words = readable(pieces) if self.about["spelling"] == "pieces" else pieces
+        low, high = span.low, span.high
+        special = np.unpackbits(self._special[low // 8 : high // 8 + 1])[low % 8 :][: high - low].astype(bool)
+        values = [0.0] * (high - low)
+        for distance, one in [*around, (0, value)]:
+            if low <= token + distance < high:
+                values[token + distance - low] = one
+        shown = tuple(words[low - span.start : high - span.start])
+        return Example(shown, tuple(values), token - low, value, tuple(special.tolist()), span.doc, low - span.first)
+
+    def _relatives(self, name: str, ids: Any, values: Any, counts: Any = None) -> tuple[Relative, ...]:
+        every = zip(
+            ids.tolist(), values.tolist(), counts.tolist() if counts is not None else [None] * len(ids), strict=True
+        )
+        return tuple(Relative(f"{name}/{i}", value, count) for i, value, count in every if i >= 0)
+
+
+def _shifts(ids: Any, by: Any, spelled: Mapping[int, tuple[str, bool]]) -> tuple[tuple[str, float], ...]:
+    return tuple(
+        (spelled.get(i, ("", False))[0], float(value))
+        for i, value in zip(ids.tolist(), by.tolist(), strict=True)
+        if i >= 0
+    )

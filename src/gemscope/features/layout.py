@@ -1,0 +1,99 @@
+"""The files of an index, and how to read and write them; docs/formats.md describes them."""
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gemscope.core.errors import FormatError
+from gemscope.core.files import atomic_path
+from gemscope.features.config import IndexConfig
+from gemscope.features.tally import STEPS
+
+FORMAT = "gemscope.index"
+VERSION = 1
+
+Array = npt.NDArray[Any]
+
+
+def latent_dtype(config: IndexConfig) -> np.dtype[Any]:
+    """One record a latent."""
+    fields: list[tuple[str, str] | tuple[str, str, int]] = [
+        ("count", "<i8"),
+        ("density", "<f8"),
+        ("peak", "<f4"),
+        ("special_count", "<u4"),
+        ("special_peak", "<f4"),
+        ("steps", "<u4", STEPS),
+        ("bins", "<u8"),
+        ("n_bins", "<u2"),
+        ("examples", "<u8"),
+        ("near", "<u8"),
+        ("n_top", "<u1"),
+        ("n_group", "<u1", config.groups),
+        ("promoted", "<i4", config.promoted),
+        ("promoted_by", "<f4", config.promoted),
+        ("suppressed", "<i4", config.promoted),
+        ("suppressed_by", "<f4", config.promoted),
+        ("nearest", "<i4", config.nearest),
+        ("cosine", "<f4", config.nearest),
+        ("elsewhere_in", "<i2", config.nearest),
+        ("elsewhere", "<i4", config.nearest),
+        ("elsewhere_cosine", "<f4", config.nearest),
+        ("partner", "<i4", config.partners),
+        ("partner_jaccard", "<f4", config.partners),
+        ("partner_count", "<u4", config.partners),
+    ]
+    return np.dtype(fields)
+
+
+EXAMPLE = np.dtype([("token", "<u4"), ("value", "<f4"), ("near", "<u2")])
+"""One example: its place in the tokens, its activation, how many activations around it are kept."""
+
+NEAR = np.dtype([("at", "<i1"), ("value", "<u2")])
+"""An activation around an example: distance in tokens, and the bits of a bfloat16."""
+
+NEAR_EXACT = np.dtype([("at", "<i2"), ("value", "<f4")])
+"""The same as an import writes it."""
+
+BIN = np.dtype([("bin", "<u1"), ("count", "<u4")])
+"""A bin of a histogram that is not empty."""
+
+BIN_EXACT = np.dtype([("centre", "<f4"), ("count", "<u4")])
+"""The same as an import writes it: bars with their centres."""
+
+
+def save(path: Path, array: Array) -> None:
+    """Write an array as .npy, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def load(path: Path) -> Array:
+    """An array of the index, memory-mapped; raises FormatError when it is missing or damaged."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        if "mmap" not in str(error):  # an array without entries cannot be mapped
+            raise FormatError(f"{path} is damaged ({error}); make the index again.") from error
+        return np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise FormatError(f"{path} is missing or damaged ({error}); make the index again.") from error
+
+
+def prefetch(array: Array, starts: Array, count: int) -> None:
+    """Ask for ``count`` entries from each of ``starts`` on: they are read from the disk at the same time."""
+    mapped = getattr(array, "_mmap", None)
+    if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    head, size = array.offset if isinstance(array, np.memmap) else 0, array.itemsize
+    for start in starts.tolist():
+        low = (head + start * size) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, low, max(1, min(head + (start + count) * size, len(mapped)) - low))
+
+
+def bfloat16(bits: Array) -> Array:
+    """Numbers from the bits of bfloat16."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

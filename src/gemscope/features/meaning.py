@@ -1,0 +1,98 @@
+"""Labels by meaning: an embedding of each, and one matrix product for a question.
+
+Any text model of transformers serves as the embedding model, from a folder or the local cache: the mean over tokens of
+its last hidden state, of length one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from gemscope.core.arrays import Float, Tensor
+from gemscope.core.errors import InputError, ModelNotFoundError
+from gemscope.core.files import read_tensors, write_tensors
+from gemscope.features.index import FeatureIndex
+from gemscope.features.search import Hit, hit_of
+
+_BATCH = 64
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Texts to vectors."""
+
+    name: str
+
+    def __call__(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
+        """One row a text, of length one."""
+        ...
+
+
+class TextModel:
+    """A model of transformers, as an embedder."""
+
+    def __init__(self, name: str, *, device: torch.device | None = None) -> None:
+        """``name`` is a folder or a hub id; raises ModelNotFoundError when it cannot be loaded."""
+        self.name = name
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            self._model: Any = AutoModel.from_pretrained(name).to(device or "cpu").eval()
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise ModelNotFoundError(
+                f"{name!r} cannot be loaded as an embedding model ({first}); give a folder."
+            ) from error
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
+        """Mean of the last hidden state over tokens."""
+        found: list[Tensor] = []
+        for start in range(0, len(texts), _BATCH):
+            some = list(texts[start : start + _BATCH])
+            batch = self._tokenizer(some, return_tensors="pt", padding=True, truncation=True, max_length=256)
+            batch = batch.to(self._model.device)
+            hidden = self._model(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"][..., None].to(hidden.dtype)
+            mean = (hidden * mask).sum(1) / mask.sum(1)
+            found.append((mean / mean.norm(dim=1, keepdim=True).clamp(min=1e-30)).cpu())
+        return torch.cat(found)
+
+
+def embed_labels(index: FeatureIndex, embedder: Embedder, source: str | None = None) -> Path:
+    """Write ``meaning.safetensors`` beside the index: a vector in bf16 for every label, or those of one source."""
+    labels = list(index.database.every_label(source))
+    if not labels:
+        raise InputError(f"there are no labels in {index.folder} to embed; label its features first.")
+    path = index.folder / "meaning.safetensors"
+    vectors = embedder([label.text for label in labels]).bfloat16()
+    features = torch.tensor([label.feature for label in labels])
+    write_tensors(path, {"vectors": vectors, "features": features}, {"model": embedder.name})
+    return path
+
+
+def by_meaning(index: FeatureIndex, embedder: Embedder, question: str, top: int = 20) -> list[Hit]:
+    """Features with the label nearest to the question, by cosine; raises InputError when no labels were embedded, or
+    by a model with other vectors.
+    """
+    path = index.folder / "meaning.safetensors"
+    if not path.is_file():
+        raise InputError(
+            f"the labels in {index.folder} have no vectors; make them first with: gemscope find --embed MODEL"
+        )
+    stored = read_tensors(path)
+    wanted = embedder([question])[0]
+    if len(wanted) != stored["vectors"].shape[1]:
+        raise InputError(
+            f"{embedder.name!r} gives vectors of width {len(wanted)}, the labels' have {stored['vectors'].shape[1]};"
+            " give the model that embedded them."
+        )
+    scores = (stored["vectors"] @ wanted.bfloat16()).float()
+    best: dict[int, float] = {}
+    for place in scores.argsort(descending=True).tolist():
+        best.setdefault(int(stored["features"][place]), float(scores[place]))
+        if len(best) == top:
+            break
+    return [hit_of(index, number, score) for number, score in best.items()]

@@ -1,0 +1,253 @@
+"""Counts, histograms, examples and samples equal those of a slow count, whoever counted and however often it died."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gemscope.activations.harvesting import Slice
+from gemscope.activations.sets import ActivationSet
+from gemscope.activations.store import Store
+from gemscope.artifacts.config import DictionaryConfig, Loaded
+from gemscope.core.errors import InputError
+from gemscope.core.sites import Site
+from gemscope.features import passing
+from gemscope.features.blocks import LiveRows, SetRows, StoreRows
+from gemscope.features.config import IndexConfig
+from gemscope.features.effects import partners
+from gemscope.features.finishing import quantile_groups
+from gemscope.features.index import FeatureIndex, index
+from gemscope.features.layout import bfloat16
+from unit.activations import small
+from unit.dictionaries.zoo import random_dictionary
+from unit.features import brute
+from unit.models.tiny_gemma import TEXTS, gemma
+
+SITE = Site("resid_post", 0)
+CONFIG = IndexConfig(top=4, groups=3, per_group=2, sample=9, window=3, nearest=2, partners=3)
+
+
+def tied_rows(documents: int, longest: int, width: int, seed: int) -> ActivationSet:
+    """Small whole numbers, so that many activations are equal."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, longest, documents)
+    doc = np.repeat(np.arange(documents), lengths)
+    pos = np.concatenate([np.arange(1, n + 1) for n in lengths])
+    x = torch.from_numpy(random.integers(-2, 3, (len(doc), width))).float()
+    columns = (torch.from_numpy(c) for c in (doc, pos, random.integers(0, 300, len(doc))))
+    return ActivationSet({SITE: x}, *columns)
+
+
+def whole_numbers(width: int = 5, d_sae: int = 13) -> Loaded:
+    """An SAE whose activations of whole numbers are whole numbers."""
+    sae = random_dictionary("sae", d_in=width, d_sae=d_sae, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.b_enc, sae.threshold):
+            parameter.copy_(parameter.mul(1.5).round())
+        sae.threshold.clamp_(min=0)
+    return Loaded(sae, DictionaryConfig.of(sae, SITE, model="tiny"))
+
+
+def check(part, name, expected, config=CONFIG):
+    tally = part.tallies[name]
+    tally.top.settle()
+    for latent, want in enumerate(expected):
+        assert int(tally.count[latent]) == want["count"]
+        assert float(tally.peak[latent]) == np.float32(want["peak"])
+        assert int(tally.special_count[latent]) == want["special_count"]
+        assert float(tally.special_peak[latent]) == np.float32(want["special_peak"])
+        bins = tally.histogram[latent]
+        assert {int(b): int(bins[b]) for b in bins.nonzero()[:, 0]} == want["histogram"]
+        steps = tally.steps[latent]
+        assert {int(s): int(steps[s]) for s in steps.nonzero()[:, 0]} == want["steps"]
+        there = int((tally.top.score[latent] >= 0).sum())
+        places = [(int(p) >> 31, int(p) & 0x7FFFFFFF) for p in tally.top.place[latent, :there]]
+        top = [(float(v), *p) for v, p in zip(tally.top.value[latent, :there], places, strict=True)]
+        assert top == want["top"]
+        half = config.window
+        for rank, near in enumerate(want["near"]):
+            row = tally.top.near[latent, rank].float()
+            got = {int(i) - half: float(row[i]) for i in row.nonzero()[:, 0] if int(i) != half}
+            assert got == near
+
+
+@pytest.mark.parametrize("chunk", [7, 8192])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_rows_with_ties(tmp_path, monkeypatch, chunk, seed):
+    monkeypatch.setattr(passing, "CHUNK_ROWS", chunk)
+    rows, loaded = tied_rows(40, 12, 5, seed), whole_numbers()
+    source = SetRows(rows, unit_rows=60)
+    assert source.units > 2
+    assert passing.count_units(tmp_path / "i", source, {"a": loaded}, CONFIG)
+    part = passing.whole(tmp_path / "i", {"a": loaded}, CONFIG, source)
+    acts = loaded.dictionary.encode(rows[SITE])
+    plain = [False] * rows.rows
+    expected = brute.counted(acts, rows.doc.tolist(), rows.pos.tolist(), [0] * rows.rows, plain, 4, 3)
+    assert any(len({v for v, *_ in one["top"]}) < len(one["top"]) for one in expected)
+    check(part, "a", expected)
+    assert part.rows == rows.rows
+    assert int(part.steps.sum()) == rows.rows
+    tally = part.tallies["a"]
+    assert tally.pair_rows == rows.rows
+    ranked, both = partners(*tally.pairs, tally.latents, 3)
+    for latent, want in enumerate(brute.jaccard((acts > 0).numpy(), 3)):
+        got = [(int(i), int(n)) for i, n in zip(ranked.ids[latent], both[latent], strict=True) if i >= 0]
+        assert got == [(b, n) for b, n, _ in want]
+        torch.testing.assert_close(ranked.values[latent, : len(want)], torch.tensor([j for *_, j in want]))
+
+
+def test_samples_are_of_their_groups_and_each_active_token_is_equally_likely(tmp_path):
+    rows, loaded = tied_rows(60, 12, 5, 3), whole_numbers()
+    acts = loaded.dictionary.encode(rows[SITE])
+    latent = int(((acts > 0).sum(0) - 60).abs().argmin())
+    tokens = {(int(d), int(p)): float(a) for d, p, a in zip(rows.doc, rows.pos, acts[:, latent], strict=True) if a > 0}
+    histogram = {}
+    for value in tokens.values():
+        histogram[brute.bin_number(value)] = histogram.get(brute.bin_number(value), 0) + 1
+    group = brute.group_of(histogram, 3)
+    seen = dict.fromkeys(tokens, 0)
+    rounds = 300
+    for seed in range(rounds):
+        config = replace(CONFIG, seed=seed)
+        block = next(SetRows(rows).blocks(0, [SITE]))
+        tally = passing.Tally(loaded.dictionary.n_latents, config, 1.0)
+        tally.update(*passing.encode(Loaded(loaded.dictionary, loaded.config), block, 0, rows.rows), block.where)
+        groups = quantile_groups(tally)[latent]
+        for place, value, mine in zip(tally.sample.place[latent], tally.sample.value[latent], groups, strict=True):
+            where = (int(place) >> 31, int(place) & 0x7FFFFFFF)
+            assert tokens[where] == float(value)
+            assert int(mine) == group[brute.bin_number(float(value))]
+            seen[where] += 1
+    assert sum(seen.values()) == rounds * 9
+    expected = rounds * 9 / len(seen)
+    # a draw without replacement varies a little less than a multinomial one
+    chi = sum((n - expected) ** 2 / expected for n in seen.values()) / (1 - 9 / len(seen))
+    freedom = len(seen) - 1
+    assert abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory):
+    """A store of the tiny model with documents longer than its context, and dictionaries at its sites."""
+    folder = small.store(tmp_path_factory.mktemp("store") / "s")
+    made = {
+        "resid_post.0": random_dictionary("sae", d_in=24, d_sae=20, dtype=torch.float32),
+        "resid_post.2": random_dictionary("sae", d_in=24, d_sae=14, dtype=torch.float32, seed=1),
+    }
+    both = random_dictionary("crosscoder", d_in=24, d_sae=9, n=2, dtype=torch.float32)
+    loaded = {name: Loaded(one, DictionaryConfig.of(one, Site.parse(name), model="tiny")) for name, one in made.items()}
+    sites = (Site("resid_post", 0), Site("resid_post", 2))
+    loaded["crosscoder"] = Loaded(both, DictionaryConfig.of(both, sites, model="tiny"))
+    return Store.open(folder), loaded
+
+
+def content(folder):
+    """All files but those that say when and how."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in (".npy",):
+            found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return found
+
+
+def test_a_store_gives_the_slow_count_by_contexts(harvested, tmp_path):
+    store, loaded = harvested
+    rows = StoreRows(store)
+    assert passing.count_units(tmp_path / "i", rows, loaded, CONFIG)
+    part = passing.whole(tmp_path / "i", loaded, CONFIG, rows)
+    every = []
+    for unit in range(rows.units):
+        for block in rows.blocks(unit, [Site("resid_post", 2)]):
+            every.append((block.where, block.rows(Site("resid_post", 2), 0, len(block.where))))
+    doc, piece, pos, step = (
+        torch.cat([getattr(w, name) for w, _ in every]) for name in ("doc", "piece", "pos", "step")
+    )
+    assert int(piece.max()) > 1
+    assert int(step.max()) < 16
+    order = ((doc << 31) | pos).argsort()
+    acts = loaded["resid_post.2"].dictionary.encode(torch.cat([x for _, x in every]))[order]
+    doc, piece, pos, step = (x[order].tolist() for x in (doc, piece, pos, step))
+    expected = brute.counted(acts, doc, pos, piece, [False] * len(doc), 4, 3)
+    for one, latent in zip(expected, range(acts.shape[1]), strict=True):
+        steps = {}
+        for row in (acts[:, latent] > 0).nonzero()[:, 0].tolist():
+            steps[brute.step_range(step[row])] = steps.get(brute.step_range(step[row]), 0) + 1
+        one["steps"] = steps
+    check(part, "resid_post.2", expected)
+
+
+def test_one_and_three_workers_give_the_same_bytes(harvested, tmp_path):
+    store, loaded = harvested
+    rows, model = StoreRows(store), small.model()
+    assert index(tmp_path / "one", rows, loaded, CONFIG, gemma=model) is not None
+    assert index(tmp_path / "three", rows, loaded, CONFIG, gemma=model, share=Slice(2, 3)) is None
+    assert index(tmp_path / "three", rows, loaded, CONFIG, gemma=model, share=Slice(0, 3)) is None
+    assert index(tmp_path / "three", rows, loaded, CONFIG, gemma=model, share=Slice(1, 3)) is not None
+    assert content(tmp_path / "one") == content(tmp_path / "three")
+    one, three = FeatureIndex.open(tmp_path / "one"), FeatureIndex.open(tmp_path / "three")
+    assert list(one.database.every_label()) == list(three.database.every_label())
+    assert {k: v for k, v in one.about.items() if k != "provenance"} == {
+        k: v for k, v in three.about.items() if k != "provenance"
+    }
+    with pytest.raises(InputError, match="holds an index of other config"):
+        index(tmp_path / "one", rows, loaded, replace(CONFIG, top=5), gemma=model)
+
+
+def test_a_pass_that_is_killed_goes_on_to_the_same_bytes(harvested, tmp_path):
+    store, loaded = harvested
+    rows, model = StoreRows(store), small.model()
+    index(tmp_path / "whole", rows, loaded, CONFIG, gemma=model)
+    folder = tmp_path / "killed"
+
+    def work():
+        index(folder, rows, loaded, CONFIG, gemma=model, progress=lambda *_: time.sleep(0.05))
+
+    process = small.forked(work)
+    while process.is_alive() and len(list(folder.glob("counted/contexts/*"))) < 2:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    done = passing.counted_units(folder)
+    assert 0 < len(done) < rows.units
+    assert index(folder, rows, loaded, CONFIG, gemma=model, share=Slice(1, 2)) is None
+    assert index(folder, rows, loaded, CONFIG, gemma=model) is not None
+    assert content(folder) == content(tmp_path / "whole")
+    assert not (folder / "counted").exists()
+
+
+def test_a_model_on_the_fly_counts_special_tokens_apart(tmp_path):
+    model = gemma("gemma3")
+    items = [model.tokens(text) for text in TEXTS] + [model.chat("hello world"), model.chat("we like Paris")]
+    loaded = {"resid_post.1": None}
+    sae = random_dictionary("sae", d_in=24, d_sae=15, dtype=torch.float32)
+    loaded["resid_post.1"] = Loaded(sae, DictionaryConfig.of(sae, Site("resid_post", 1), model="tiny"))
+    rows = LiveRows(model, items, unit_tokens=20, batch_tokens=64)
+    assert rows.units > 1
+    built = index(tmp_path / "i", rows, loaded, CONFIG, gemma=model)
+    acts, doc, pos, special = [], [], [], []
+    for number, item in enumerate(items):
+        x = model.capture(item, ["resid_post.1"])["resid_post.1"][0]
+        acts.append(sae.encode(x))
+        doc += [number] * len(item)
+        pos += range(len(item))
+        special += (~item.content_mask).tolist()
+    expected = brute.counted(torch.cat(acts), doc, pos, [0] * len(doc), special, 4, 3)
+    records = built.latents("resid_post.1").records
+    for latent, want in enumerate(expected):
+        assert records["count"][latent] == want["count"]
+        assert records["density"][latent] == want["count"] / (len(doc) - sum(special))
+        assert records["special_count"][latent] == want["special_count"]
+        assert records["special_peak"][latent] == pytest.approx(want["special_peak"], rel=1e-4)
+        page = built.feature(f"resid_post.1/{latent}", before=None, after=None)
+        assert [(e.doc, e.marked) for e in page.top] == [(d, p) for _, d, p in want["top"]]
+        assert [e.value for e in page.top] == pytest.approx([v for v, *_ in want["top"]], rel=1e-4)
+        for example in page.top:
+            assert (
+                "".join(example.tokens)
+                == "<bos>" * (not items[example.doc].text.startswith("<bos>")) + items[example.doc].text
+            )
+    assert bfloat16(np.array([0x3F80], np.uint16))[0] == 1.0
