@@ -27,7 +27,7 @@ from capture import SHAPE_270M, SHAPE_QUICK, build
 
 from gemscope.activations.finishing import finish
 from gemscope.activations.harvesting import HarvestProgress, harvest_to
-from gemscope.activations.pieces import PieceBatch, batches, encode
+from gemscope.activations.pieces import PieceBatch, batches, encode, row_tokens
 from gemscope.activations.plan import HarvestConfig, Plan, SitePlan, make_plan
 from gemscope.activations.sources import Documents
 from gemscope.activations.statistics import none_yet
@@ -43,7 +43,7 @@ CHUNK = 16 << 20
 
 
 def harvesting(
-    gemma: Gemma, texts: list[str], batch_tokens: int, rounds: int, label: str, folder: Path
+    gemma: Gemma, texts: list[str], units: int, batch_tokens: int, rounds: int, label: str, folder: Path
 ) -> list[Result]:
     """A harvest of resid_post in every layer, from the first forward pass to the last synced file, beside the forward
     passes of the very same batches; and what comes before the first one.
@@ -51,7 +51,8 @@ def harvesting(
     sites = gemma.every_layer("resid_post")
     row_bytes = 2 * sum(gemma.width(site) for site in sites)
     rows = int(encode(gemma, texts, 0, 1024).content.sum())
-    config = HarvestConfig(tuple(map(str, sites)), batch_tokens=batch_tokens, bucket_rows=rows, unit_rows=rows // 4)
+    sizes = {"unit_rows": rows // units, "bucket_rows": rows // units * 4 // 3}
+    config = HarvestConfig(tuple(map(str, sites)), batch_tokens=batch_tokens, **sizes)
     source, out = Documents(texts), folder / "harvest"
     plan = make_plan(gemma, source, config)  # once, whatever the size of the harvest
     ready = [one for unit in range(plan.units) for one in unit_batches(gemma, texts, plan, unit)]
@@ -70,7 +71,7 @@ def harvesting(
         seen["units"].append(reports[-1].seconds)
     times = {name: min(values[1:]) for name, values in seen.items()}  # the first round warms up
     size = sum(path.stat().st_size for name in ("acts", "rows") for path in out.rglob(f"{name}/**/*.safetensors"))
-    on = f"{label}, {len(sites)} sites, {rows} tokens, {gemma.dtype}, best of {rounds}; {machine()}"
+    on = f"{label}, {len(sites)} sites, {rows} tokens in {units} units, {gemma.dtype}, best of {rounds}; {machine()}"
     return [
         Result(f"forward passes alone, {label}", rows / times["forward"], "tok/s", on),
         Result(f"harvest, {label}", rows / times["units"], "tok/s", on),
@@ -85,12 +86,47 @@ def unit_batches(gemma: Gemma, texts: list[str], plan: Plan, unit: int) -> Itera
     start, stop = plan.range(unit)
     pieces = encode(gemma, texts[start:stop], start, int(plan.config["context"]))
     for chosen in bucket_pieces(pieces, plan.bucket_rows):
-        yield from batches(gemma, pieces, chosen, int(plan.config["batch_tokens"]))
+        yield from batches(gemma, pieces, chosen, int(plan.config["batch_tokens"]), plan.row_tokens)
+
+
+def packing(gemma: Gemma, texts: list[str], batch_tokens: int, rounds: int, label: str) -> list[Result]:
+    """Padding, batches and forward passes to the last block when each text has a row for itself, and when short ones
+    share rows.
+    """
+    pieces, last = encode(gemma, texts, 0, 1024), gemma.every_layer("resid_post")[-1:]
+    width = row_tokens(gemma.shape, 1024)
+    ready = {
+        name: list(batches(gemma, pieces, np.arange(len(pieces)), batch_tokens, packed))
+        for name, packed in (("bucketed", None), ("packed", width))
+    }
+    seen: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds + 1):
+        for name, all_ in ready.items():
+            seen[name].append(
+                timed(lambda all_=all_: [gemma.capture(one.batch, last)[last[0]].sum() for one in all_])[0]
+            )
+    tokens, results = len(pieces.ids), list[Result]()
+    on = f"{label}, {len(texts)} texts, {tokens} tokens, rows of {width}, {gemma.dtype}, best of {rounds}; {machine()}"
+    for name, all_ in ready.items():
+        area = sum(one.batch.ids.numel() for one in all_)
+        results += [
+            Result(f"padding, {name}, {label}", 1 - tokens / area, "share", on),
+            Result(f"tokens a batch, {name}, {label}", tokens / len(all_), "tokens", on),
+            Result(f"forward passes, {name}, {label}", tokens / min(seen[name][1:]), "tok/s", on),
+        ]
+    return results
 
 
 def made_up_plan(unit_rows: int, units: int) -> Plan:
     """One site of width 640; a document a row."""
-    config = {"dtype": "bfloat16", "seed": 0, "outlier_factor": 10.0, "drop_outliers": False, "context": 2}
+    config = {
+        "dtype": "bfloat16",
+        "seed": 0,
+        "row_tokens": None,
+        "outlier_factor": 10.0,
+        "drop_outliers": False,
+        "context": 2,
+    }
     sites = {Site("resid_post", 0): SitePlan(WIDTH, 1.0)}
     return Plan(config, sites, units * unit_rows, unit_rows, unit_rows, 1.0)
 
@@ -285,10 +321,13 @@ def main() -> None:
         words = torch.randint(2, shape["vocab_size"], (count, 255), generator=generator)
         texts = [" ".join(random.tokenizer.convert_ids_to_tokens(row.tolist())) for row in words]
         label = "tiny random Gemma 3" if options.quick else "random Gemma 3 270M"
-        report(harvesting(random, texts, 2048, 2, label, folder), options.json)
+        report(harvesting(random, texts, 4, 2048, 2, label, folder), options.json)
+        mixed = [" ".join(text.split()[: 15 + 15 * i]) for i, text in enumerate(texts[:16])]
+        report(packing(random, mixed, 2048, 2, label), options.json)
         microworld = Gemma.load("microworld-it")
-        texts = list(GeneratedText(chat=True).read(0, 400 if options.quick else 2000))
-        report(harvesting(microworld, texts, 4096, 2, "microworld-it", folder), options.json)
+        texts = list(GeneratedText(chat=True).read(0, 400 if options.quick else 4000))
+        report(harvesting(microworld, texts, 8, 4096, 2, "microworld-it", folder), options.json)
+        report(packing(microworld, texts[:500], 4096, 2, "microworld-it"), options.json)
 
 
 if __name__ == "__main__":

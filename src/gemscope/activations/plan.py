@@ -17,7 +17,7 @@ from typing import Any, cast, get_args
 import numpy as np
 import torch
 
-from gemscope.activations.pieces import Pieces, batches, encode
+from gemscope.activations.pieces import Pieces, batches, encode, row_tokens
 from gemscope.activations.positions import RULE
 from gemscope.activations.shards import ITEM_BYTES, Dtype
 from gemscope.activations.sources import Source, Text
@@ -54,6 +54,10 @@ class HarvestConfig:
     """Rows of a unit, about; None: three quarters of a bucket."""
     batch_tokens: int = 8192
     """Positions in one forward pass, padding included."""
+    packing: bool = False
+    """Whether short documents share rows of a batch, each seeing itself only. Batches are larger and hold less padding,
+    and attention costs more; off, since that made a CPU slower at every shape measured.
+    """
     outlier_factor: float = 10.0
     """A row is an outlier when its norm at some site is this many times the site's median."""
     drop_outliers: bool = False
@@ -118,6 +122,11 @@ class Plan:
         return cast(Dtype, self.config["dtype"])
 
     @property
+    def row_tokens(self) -> int | None:
+        """Tokens of a row that short documents share; None: they do not."""
+        return self.config["row_tokens"]
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a row at all sites."""
         return ITEM_BYTES[self.dtype] * sum(site.width for site in self.sites.values())
@@ -178,10 +187,12 @@ def resolved(gemma: Gemma, source: Source, config: HarvestConfig) -> dict[str, A
         raise InputError("no site to harvest; name at least one, for example 'resid_post.0'.")
     for site in sites:
         gemma.width(site)
+    context = min(config.context, gemma.shape.context)
     return {
         **asdict(config),
         "sites": [str(site) for site in sites],
-        "context": min(config.context, gemma.shape.context),
+        "context": context,
+        "row_tokens": row_tokens(gemma.shape, context) if config.packing else None,
         "model": gemma.name,
         "revision": gemma.revision,
         "weights_sha256": None if gemma.revision else weights_hash(gemma),

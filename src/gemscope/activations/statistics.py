@@ -58,13 +58,15 @@ def none_yet(width: int) -> SiteStatistics:
 
 
 def of_rows(
-    wide: Float[Tensor, "rows width"], squared: Float[Tensor, "rows width"], norms: Float[Tensor, "rows"]
-) -> Float[Tensor, "packed"]:
-    """The sums over a batch of rows, packed in one float32 tensor on the rows' device: total, squares, norms,
-    largest.
+    rows: Float[Tensor, "rows width"], wide: Float[Tensor, "rows width"]
+) -> tuple[Float[Tensor, "rows"], Float[Tensor, "sums"]]:
+    """The rows' norms, and the sums over them end to end in one float32 tensor on their device: total, squares, norms,
+    largest. ``wide`` is float32 memory of the same shape, overwritten.
     """
+    total = wide.copy_(rows).sum(0)
+    norms = wide.square_().sum(1).sqrt_()
     largest = norms.max() if len(norms) else norms.sum()
-    return torch.cat([wide.sum(0), squared.sum(0), torch.stack([norms.sum(), largest])])
+    return norms, torch.cat([total, wide.sum(0), torch.stack([norms.sum(), largest])])
 
 
 def unpacked(rows: int, packed: Float[Tensor, "packed"]) -> SiteStatistics:

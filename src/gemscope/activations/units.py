@@ -30,7 +30,7 @@ from gemscope.activations.shards import (
     tensor_bytes,
 )
 from gemscope.activations.statistics import SiteStatistics
-from gemscope.core.arrays import Bool, Int, Tensor
+from gemscope.core.arrays import Bool, Float, Int, Tensor
 from gemscope.core.files import atomic_path, write_json
 from gemscope.core.sites import Site
 from gemscope.models.gemma import Gemma
@@ -101,15 +101,17 @@ def fill(
     total = int(counts.sum())
     place = torch.from_numpy(np.random.default_rng(list(seed)).permutation(total))
     first = np.concatenate([[0], np.cumsum(counts)])
-    where = dict(zip(chosen.tolist(), first[:-1].tolist(), strict=True))
-    size = dict(zip(chosen.tolist(), counts.tolist(), strict=True))
+    where = np.zeros(len(pieces), dtype=np.int64)
+    where[chosen] = first[:-1]
     dropped = torch.zeros(total, dtype=torch.bool)
     sums: list[tuple[int, dict[Site, Tensor]]] = []
     waiting: _Moved | None = None
+    scratch = _Scratch()
     done = 0
-    for one in batches(gemma, pieces, chosen, int(plan.config["batch_tokens"])):
-        members = [place[where[p] : where[p] + size[p]] for p in one.pieces.tolist()]
-        moved = _start(gemma, plan, one, torch.cat(members))
+    for one in batches(gemma, pieces, chosen, int(plan.config["batch_tokens"]), plan.row_tokens):
+        size = pieces.rows[one.pieces]
+        at = np.arange(size.sum()) + np.repeat(where[one.pieces] - (np.cumsum(size) - size), size)
+        moved = _start(gemma, plan, one, place[torch.from_numpy(at)], scratch)
         if waiting is not None:
             _land(waiting, plan, into, dropped, sums)
         waiting = moved
@@ -120,30 +122,40 @@ def fill(
     _finish(plan, pieces, chosen, place, into, dropped, sums)
 
 
-def _start(gemma: Gemma, plan: Plan, one: PieceBatch, place: Int[Tensor, "rows"]) -> _Moved:
+class _Scratch:
+    """Memory that is used again: what is allocated anew is cleared by the system page by page, which takes longer than
+    the work done in it.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def like(self, x: Float[Tensor, "rows width"], dtype: torch.dtype) -> Float[Tensor, "rows width"]:
+        """Room for ``x``, holding anything; gone when the same is asked for again."""
+        there = self._found.get((x.device, dtype))
+        if there is None or there.numel() < x.numel():
+            there = self._found[x.device, dtype] = torch.empty(x.numel(), dtype=dtype, device=x.device)
+        return there[: x.numel()].view(x.shape)
+
+
+def _start(gemma: Gemma, plan: Plan, one: PieceBatch, place: Int[Tensor, "rows"], scratch: _Scratch) -> _Moved:
     """The forward pass of a batch, and its rows on their way to the host."""
     captured = gemma.capture(one.batch, plan.sites)
     flat: dict[torch.device, Tensor] = {}
     rows: dict[Site, Tensor] = {}
-    wide: dict[Site, tuple[Tensor, Tensor, Tensor]] = {}
-    outlier: Tensor | None = None
+    sums: dict[Site, Tensor] = {}
+    outlier = torch.zeros(len(one.flat), dtype=torch.bool, device=gemma.device)
     for site, planned in plan.sites.items():
         x = captured[site]
         at = flat.setdefault(x.device, one.flat.to(x.device, non_blocking=True))
-        rows[site] = x.reshape(-1, x.shape[-1]).index_select(0, at).to(TORCH_DTYPE[plan.dtype])
-        stored = rows[site].float()
-        squared = stored.square()
-        norms = squared.sum(1).sqrt()
-        wide[site] = stored, squared, norms
-        high = (norms > plan.config["outlier_factor"] * planned.median_norm).to(gemma.device)
-        outlier = high if outlier is None else outlier | high
-    assert outlier is not None
-    sums: dict[Site, Tensor] = {}
-    for site, (stored, squared, norms) in wide.items():
-        if plan.config["drop_outliers"]:
-            keep = ~outlier.to(norms.device)
-            stored, squared, norms = stored[keep], squared[keep], norms[keep]
-        sums[site] = statistics.of_rows(stored, squared, norms)
+        narrow = scratch.like(x.flatten(0, 1), TORCH_DTYPE[plan.dtype]).copy_(x.flatten(0, 1))
+        rows[site] = narrow.index_select(0, at)
+        norms, sums[site] = statistics.of_rows(rows[site], scratch.like(rows[site], torch.float32))
+        outlier |= (norms > plan.config["outlier_factor"] * planned.median_norm).to(gemma.device)
+    if plan.config["drop_outliers"]:
+        for site, x in rows.items():
+            kept = x[~outlier.to(x.device)]
+            sums[site] = statistics.of_rows(kept, scratch.like(kept, torch.float32))[1]
     devices = {x.device for x in (*rows.values(), outlier)}
     return _Moved(
         {site: _to_host(x) for site, x in rows.items()},
@@ -168,10 +180,15 @@ def _land(
     for event in moved.ready:
         event.synchronize()
     for site, x in moved.rows.items():
-        into.data[site].index_copy_(0, moved.place, x)
+        _whole_rows(into.data[site])[moved.place.numpy()] = _whole_rows(x)
     dropped[moved.place] = moved.outlier
     kept = len(moved.place) - (int(moved.outlier.sum()) if plan.config["drop_outliers"] else 0)
     sums.append((kept, moved.sums))
+
+
+def _whole_rows(x: Float[Tensor, "rows width"]) -> npt.NDArray[Any]:
+    """Each row as one value: moved by one copy of memory, where ``index_copy_`` goes through an iterator."""
+    return x.view(torch.uint8).numpy().view(f"V{x.shape[1] * x.element_size()}")[:, 0]
 
 
 def _finish(

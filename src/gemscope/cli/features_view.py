@@ -94,7 +94,7 @@ def _bars(feature: Feature, about: Mapping[str, Any]) -> Iterator[Text]:
             yield Text(f"by position {_spark(shares)}  (0, 1-2, 3-6, 7-14, ...)")
 
 
-def _spark(values: Sequence[float]) -> str:
+def _spark(values: Sequence[float | int]) -> str:
     most = max(values) or 1
     return "".join(_BARS[min(7, int(8 * value / most))] if value else " " for value in values)
 

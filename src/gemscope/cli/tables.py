@@ -128,7 +128,7 @@ def next_steps(suite: Suite, model: str, folder: Path | None, *, chat: bool) -> 
         f'look{where} "The capital of France is Paris."',
         *([f'look{where} --chat "What is the capital of Japan?"'] if chat else []),
         f'find{where} --text "The capital of France is Paris."',
-        f"feature{where} {suite.best_site()}/0",
+        f"feature{where} {suite.sites[len(suite.sites) // 2]}/0",
     ]
     lines = [f"The suite is in {suite.folder}. Look at a text through it:", ""]
     lines += [f"  gemscope {command}" for command in commands]

@@ -75,7 +75,13 @@ def run(decoder: Decoder, this: Pass) -> tuple[dict[Site, Tensor], Float[Tensor,
 
 
 def _inputs(this: Pass) -> Mapping[str, Tensor]:
-    """Arguments of the decoder; mask and positions only where there is padding on the left."""
+    """Arguments of the decoder; mask and positions only where there is padding on the left, or several texts a row.
+
+    Places alone, without mask and cache, are how transformers is told of several texts: it builds the masks of every
+    kind of layer and attention so that each text sees itself only.
+    """
+    if this.moment.batch.places is not None:
+        return {"input_ids": this.ids, "position_ids": this.moment.batch.places.to(this.ids.device)}
     if this.moment.batch.side == "right" or bool(this.mask.all()):
         return {"input_ids": this.ids}
     position_ids = (this.mask.cumsum(dim=1) - 1).clamp(min=0)[:, this.moment.start :]

@@ -13,6 +13,8 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -73,6 +75,9 @@ class Batch:
     items: tuple[Tokens, ...]
     side: Literal["right", "left"]
     """Where the padding is."""
+    places: Int[Tensor, "batch pos"] | None = None
+    """In a packed batch, where a row holds several texts: each token's place in its own text, which begins with 0. A
+    token sees its own text only; padding at the end of a row is a text of its own."""
 
     @cached_property
     def first(self) -> Int[Tensor, "batch 1"]:
@@ -109,6 +114,10 @@ class Vocabulary:
         markers = {self.start_id, self.end_id}
         special = [i for i, token in added.items() if token.special or i in markers]
         self.special_ids: frozenset[int] = frozenset(special)
+        self._is_special = np.zeros(
+            max([backend.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added)]), bool
+        )
+        self._is_special[special] = True
 
     @property
     def has_turns(self) -> bool:
@@ -150,26 +159,52 @@ class Vocabulary:
         """Ids and content mask of each text, exactly as ``encode`` gives them, without a limit on the length; None
         where ``encode`` would refuse the text.
 
-        Texts without turn markers take a short way, in which other threads run: no pieces, no offsets.
+        Nearly all texts take a short way, in which other threads run: no pieces, no offsets.
         """
         found: list[tuple[Tensor, Tensor] | None] = [None] * len(texts)
-        plain = [i for i, text in enumerate(texts) if text and not _MARKER.search(text) and self.bos not in text]
+        short = [i for i, text in enumerate(texts) if self._is_short(text)]
         try:
-            encodings = self._backend.encode_batch_fast([texts[i] for i in plain], add_special_tokens=False)
+            encodings = self._backend.encode_batch_fast([texts[i] for i in short], add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):  # one of them is no text: leave it to the long way
-            plain, encodings = [], []
-        for i, encoding in zip(plain, encodings, strict=True):
-            ids = torch.tensor([self.bos_id, *encoding.ids], dtype=torch.long)
-            content = torch.tensor([token not in self.special_ids for token in encoding.ids], dtype=torch.bool)
-            if len(ids) > 1 and int(ids.max()) < vocab_size:
-                found[i] = ids, torch.cat([torch.zeros(1, dtype=torch.bool), content])
-        for i in set(range(len(texts))).difference(plain):
+            short, encodings = [], []
+        long = set(range(len(texts))).difference(short)
+        for i, encoding in zip(short, encodings, strict=True):
+            ids = np.array([self.bos_id, *encoding.ids])
+            content = ~self._is_special[ids]
+            if _MARKER.search(texts[i]) and not self._leave_out_template(texts[i], ids, content):
+                long.add(i)
+            elif len(ids) > 1 and int(ids.max()) < vocab_size:
+                found[i] = torch.from_numpy(ids), torch.from_numpy(content)
+        for i in long:
             try:
                 tokens = self.encode(texts[i], context=sys.maxsize, vocab_size=vocab_size)
             except InputError:
                 continue
             found[i] = tokens.ids, tokens.content_mask
         return found
+
+    def _is_short(self, text: str) -> bool:
+        return text != "" and self.bos not in text and (self.has_turns or not _MARKER.search(text))
+
+    def _leave_out_template(self, text: str, ids: npt.NDArray[np.int64], content: npt.NDArray[np.bool_]) -> bool:
+        """Clear ``content`` at the template's words, which follow the markers; False when the markers among ``ids``
+        are not those of the text.
+        """
+        at = np.flatnonzero((ids == self.start_id) | (ids == self.end_id)).tolist()
+        markers = list(_MARKER.finditer(text))
+        if len(at) != len(markers):
+            return False
+        template = {match.start(): match.end() for match in _TEMPLATE.finditer(text)}
+        for token, marker in zip(at, markers, strict=True):
+            left = template.get(marker.start(), marker.end()) - marker.end()
+            while left and token + 1 < len(ids):
+                token += 1
+                piece = self._piece(int(ids[token]))
+                left -= 1 if _BYTE.fullmatch(piece) else len(piece)
+                if left < 0:
+                    break
+                content[token] = False
+        return True
 
     def assemble(self, text: str, ids: Sequence[int], pieces: Sequence[str], offsets: Sequence[Span]) -> Tokens:
         """Tokens from their parts, with the roles read off the text."""

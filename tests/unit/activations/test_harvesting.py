@@ -29,8 +29,9 @@ def undisturbed(tmp_path_factory):
     return small.store(tmp_path_factory.mktemp("stores") / "one")
 
 
-def test_every_row_is_the_capture_of_its_piece_alone(tmp_path):
-    config = replace(small.CONFIG, dtype="float32")
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_row_is_the_capture_of_its_piece_alone(tmp_path, packing):
+    config = replace(small.CONFIG, dtype="float32", packing=packing)
     store = Store.open(small.store(tmp_path / "s", config))
     gemma, context = small.model(), config.context
     seen = set()
@@ -106,6 +107,21 @@ def test_slices_in_any_order_give_the_same_bytes(tmp_path, undisturbed):
                 Store.open(tmp_path / "s")
             assert 0 < Store.open(tmp_path / "s", partial=True).rows < Store.open(undisturbed).rows
     assert small.content(tmp_path / "s") == small.content(undisturbed)
+
+
+def test_packed_harvests_have_the_same_rows_and_their_slices_the_same_bytes(tmp_path, undisturbed):
+    config = replace(small.CONFIG, packing=True)
+    packed = small.store(tmp_path / "whole", config)
+    for index in (1, 0):
+        small.store(tmp_path / "s", config, share=Slice(index, 2))
+    assert small.content(tmp_path / "s") == small.content(packed)
+    one, other = Store.open(packed), Store.open(undisturbed)
+    for shard in other.shards:
+        assert torch.equal(one.origin(shard.unit).token, other.origin(shard.unit).token)
+        for site in other.sites:
+            torch.testing.assert_close(one.shard(site, shard.unit), other.shard(site, shard.unit), rtol=2e-2, atol=2e-2)
+    with pytest.raises(InputError, match="packing true there, false now"):
+        small.store(packed)
 
 
 def test_running_again_does_nothing_and_finishes_what_is_missing(tmp_path, undisturbed):

@@ -1,11 +1,14 @@
 """Documents cut and batched: nothing lost, nothing twice, little padding; the short way of the tokenizer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemscope.activations.pieces import batches, encode
+from gemscope.activations.pieces import batches, encode, row_tokens
 from gemscope.models.tokens import Role
 from unit.activations import small
 
@@ -75,3 +78,42 @@ def test_batches_hold_every_piece_once_and_at_most_five_percent_padding(batch_to
         assert one.batch.ids.flatten()[one.flat].tolist() == content[kept].tolist()
         seen += one.pieces.tolist()
     assert sorted(seen) == list(range(len(pieces)))
+
+
+@pytest.mark.parametrize(("batch_tokens", "room"), [(1, 16), (200, 32), (400, 64), (10_000, 48)])
+def test_packed_batches_hold_every_piece_once_each_in_its_own_places(batch_tokens, room):
+    gemma = small.model()
+    pieces = encode(gemma, small.corpus().items, 0, 64)
+    lengths = np.diff(pieces.bounds)
+    seen, short, filled = [], 0, []
+    for one in batches(gemma, pieces, np.arange(len(pieces)), batch_tokens, room):
+        batch = one.batch
+        assert batch.ids.numel() <= max(batch_tokens, batch.ids.shape[1])
+        content = np.concatenate([pieces.ids[pieces.bounds[p] : pieces.bounds[p + 1]] for p in one.pieces])
+        assert batch.ids[batch.mask].tolist() == content.tolist()
+        kept = np.concatenate([pieces.content[pieces.bounds[p] : pieces.bounds[p + 1]] for p in one.pieces])
+        assert batch.ids.flatten()[one.flat].tolist() == content[kept].tolist()
+        if batch.places is not None:
+            assert batch.ids.shape[1] == room
+            assert batch.places[batch.mask].tolist() == [i for p in one.pieces for i in range(lengths[p])]
+            rest = (~batch.mask).cumsum(1) - 1
+            assert torch.equal(batch.places[~batch.mask], rest[~batch.mask])
+        if max(lengths[one.pieces]) <= room:
+            filled += batch.mask.sum(1).tolist()
+            short += len(one.pieces)
+        seen += one.pieces.tolist()
+    assert sorted(seen) == list(range(len(pieces)))
+    assert short == (lengths <= room).sum()
+    assert sum(sorted(filled)[:2]) > room  # what is in one row would not have fitted into another
+
+
+def test_a_row_is_as_long_as_attention_in_it_is_cheap():
+    def shape(**sizes):
+        return replace(small.model().shape, **sizes)
+
+    m270 = shape(d_model=640, d_mlp=2048, n_heads=4, n_kv_heads=1, head_dim=256)
+    assert row_tokens(m270, 1024) == 640
+    assert row_tokens(m270, 512) == 512
+    flops = 2 * 640 * (2 * 1024 + 2 * 256 + 3 * 2048)
+    assert 4 * 640 * 1024 <= 0.25 * flops < 4 * 704 * 1024
+    assert row_tokens(shape(d_model=5376, d_mlp=21504, n_heads=32, n_kv_heads=16, head_dim=128), 8192) == 8192

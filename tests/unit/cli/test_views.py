@@ -107,7 +107,7 @@ def test_the_table_of_measures_has_a_line_per_dictionary():
     ("model", "folder", "expected"),
     [
         ("microworld-it", None, "  gemscope look --chat"),
-        ("microworld-pt", None, "  gemscope look --model microworld-pt --layer 2"),
+        ("microworld-pt", None, "  gemscope feature --model microworld-pt resid_post.2/0"),
         ("microworld-it", Path("here"), "  gemscope look --suite here --chat"),
     ],
 )

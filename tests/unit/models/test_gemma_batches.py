@@ -5,6 +5,8 @@ import torch
 
 from gemscope.core.errors import SiteError
 from gemscope.core.sites import Site
+from gemscope.models import forward
+from gemscope.models.tokens import Batch, Tokens
 from unit.models.tiny_gemma import KINDS, TEXTS, Kind, gemma
 
 NAMES = ("resid_pre", "q", "z", "resid_mid", "mlp_act", "mlp_out", "resid_post", "pattern")
@@ -123,3 +125,66 @@ def test_bf16_stays_bf16() -> None:
     capture = g.capture(g.tokens(TEXTS[0]), ["resid_post.3", "pattern.0"], logits=True)
     assert {v.dtype for v in (*capture.acts.values(), capture.logits)} == {torch.bfloat16}
     assert g.final_gain().dtype == torch.float32
+
+
+def _packed(g, rows: list[list[Tokens]], restart: bool = True) -> Batch:
+    """Several texts a row, one after the other, as ``activations.pieces`` lays them out."""
+    width = max(sum(map(len, row)) for row in rows)
+    ids, places = torch.full((len(rows), width), g.vocabulary.pad_id), torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        flat = torch.cat([item.ids for item in row])
+        ids[i, : len(flat)], mask[i, : len(flat)] = flat, True
+        where = [torch.arange(len(item)) for item in row] + [torch.arange(width - len(flat))]
+        places[i] = torch.cat(where) if restart else torch.arange(width)
+    return Batch(ids, mask, (), "right", places)
+
+
+def _largest_difference(g, rows: list[list[Tokens]], batch: Batch) -> float:
+    together, largest = g.capture(batch, _sites(NAMES[:-1])), 0.0
+    for i, row in enumerate(rows):
+        at = 0
+        for item in row:
+            alone = g.capture(item, _sites(NAMES[:-1]))
+            for site in _sites(NAMES[:-1]):
+                found = together[site][i, at : at + len(item)]
+                largest = max(largest, (found - alone[site][0]).abs().max().item())
+            at += len(item)
+    return largest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_texts_that_share_a_row_have_the_activations_of_single_runs(kind: Kind, attention: str, monkeypatch) -> None:
+    if kind == "gemma2" and attention == "sdpa":
+        pytest.skip("no fused attention with capped scores")
+    g = gemma(kind)
+    g.decoder.config._attn_implementation = attention
+    one, two, three = (g.tokens(text) for text in TEXTS)
+    short = g.tokens_of([2])
+    assert len(two) < g.shape.sliding_window < min(len(one), len(three))
+    rows = [[one, two, three], [short, short, one, three], [three], [two, two, two, short]]
+    assert _largest_difference(g, rows, _packed(g, rows)) < 1e-4
+    # what would be wrong is seen: positions that run on (and no blocks with them), then no blocks alone
+    assert _largest_difference(g, rows, _packed(g, rows, restart=False)) > 0.1
+    batch = _packed(g, rows)
+    # a mask of padding is no reason for transformers to look for blocks
+    inputs = {"input_ids": batch.ids, "position_ids": batch.places, "attention_mask": torch.ones_like(batch.ids)}
+    usual = forward._inputs
+    monkeypatch.setattr(forward, "_inputs", lambda this: inputs if this.moment.batch is batch else usual(this))
+    assert _largest_difference(g, rows, batch) > 0.1
+
+
+def test_patterns_of_texts_that_share_a_row_are_blocks() -> None:
+    g = gemma()
+    items = [g.tokens(text) for text in TEXTS[:2]]
+    found = g.capture(_packed(g, [items]), _sites(("pattern",)))
+    cut = len(items[0])
+    for layer in range(4):
+        pattern = found[Site("pattern", layer)][0]
+        assert not pattern[:, cut:, :cut].any()
+        assert torch.allclose(
+            pattern[:, cut:, cut:],
+            g.capture(items[1], [Site("pattern", layer)]).acts[Site("pattern", layer)][0],
+            atol=1e-5,
+        )
