@@ -146,14 +146,14 @@ def _count(
                     support, values = encode(loaded, block, start, stop)
                     part.tallies[name].update(support, values, block.where[start:stop])
                 done += int((~block.where.special[start:stop]).sum())
-                if progress is not None:
-                    progress(min(done, total), max(total, done))
+                if progress is not None and done < total:
+                    progress(done, total)
             wheres.append(block.where)
         part = _counted(part, unit, wheres)
         _write_context(folder, unit, wheres)
         _write_part(path, part)
         if progress is not None and number == len(missing):
-            progress(max(done, total), max(done, total))
+            progress(done, done)
 
 
 @torch.no_grad()
