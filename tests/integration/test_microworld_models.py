@@ -38,6 +38,7 @@ def test_the_model_is_a_gemma_3_with_one_global_layer_and_grouped_queries(name: 
     assert gemma.is_chat == name.endswith("it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_scorecard_can_be_measured_again(name: str):
     told = json.loads((folder(name) / "scorecard.json").read_text("utf-8"))["scores"]

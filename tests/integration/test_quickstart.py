@@ -14,7 +14,7 @@ from gemscope.suites.suite import Suite
 SMALL = QuickstartConfig(tokens=8000, heldout_tokens=3000, splice_tokens=500, d_sae=128, steps=60, batch_size=512)
 
 
-@pytest.mark.parametrize("name", ["microworld-pt", "microworld-it"])
+@pytest.mark.parametrize("name", [pytest.param("microworld-pt", marks=pytest.mark.slow), "microworld-it"])
 def test_a_small_quickstart_builds_a_suite_that_can_be_looked_through(name, tmp_path):
     suite = quickstart(name, tmp_path / "suite", SMALL)
     gemma = Gemma.load(name)

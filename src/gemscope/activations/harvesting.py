@@ -10,10 +10,12 @@ Notable:
 import os
 import shutil
 import socket
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -242,6 +244,7 @@ def write_units(
     count = _Counter(plan, units, progress)
     turn = whole = 0
     with (
+        _quick_turns(),
         ThreadPoolExecutor(1, "read") as reading,
         ThreadPoolExecutor(1, "write") as writing,
         ThreadPoolExecutor(1, "sync") as syncing,
@@ -268,6 +271,19 @@ def write_units(
                 raise
         wait(syncs)
         count.batch(0, whole + _settled(syncs))
+
+
+@contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Python's lock is handed on 25 times sooner: after every operation of the model this thread may have to wait for
+    one that tokenizes or writes, which cost a tiny model a fifth of its time.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(2e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _settled(syncs: deque[Future[dict[str, Any]]]) -> int:

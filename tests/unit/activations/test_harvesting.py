@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -361,3 +362,13 @@ def test_a_bucket_never_outgrows_its_room():
         parts = list(bucket_pieces(pieces, rows))
         assert np.array_equal(np.concatenate(parts), np.arange(len(pieces)))
         assert max(int(pieces.rows[part].sum()) for part in parts) <= rows + 16
+
+
+def test_the_interpreters_lock_is_handed_on_soon_while_harvesting_and_as_before_afterwards(tmp_path, monkeypatch):
+    before, seen = sys.getswitchinterval(), []
+    fill = harvesting.fill
+    monkeypatch.setattr(harvesting, "fill", lambda *words: seen.append(sys.getswitchinterval()) or fill(*words))
+    small.store(tmp_path / "s")
+    assert seen
+    assert max(seen) < before / 10
+    assert sys.getswitchinterval() == before
