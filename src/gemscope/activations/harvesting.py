@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -274,7 +274,7 @@ def write_units(
 
 
 @contextmanager
-def _quick_turns() -> Iterator[None]:
+def _quick_turns() -> Generator[None]:
     """Python's lock is handed on 25 times sooner: after every operation of the model this thread may have to wait for
     one that tokenizes or writes, which cost a tiny model a fifth of its time.
     """
