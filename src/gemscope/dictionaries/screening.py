@@ -9,11 +9,13 @@ Notable:
   few survivors in fp32: the same entries as in fp32, in less than half the time where the processor multiplies
   bf16 natively.
 
-The bound: rounding to bf16 changes a number by at most 2^-9 of itself, so |x~ . e~ - x . e| <= (2^-8 + 2^-18)
-||x|| ||e|| by Cauchy-Schwarz, and the rounded bias and result are off by at most 2^-9 of themselves.
+The bound: with x~, e~, b~ for what is rounded to bf16, |x~ . e~ + b~ - (x . e + b)| is at most ||x - x~|| ||e|| +
+||x~|| ||e - e~|| + |b - b~| by Cauchy-Schwarz, where the norms of the roundings are measured; the fp32 sums add at most
+d_in 2^-23 ||x|| ||e|| (Higham, Accuracy and Stability, section 3.1), and the result is rounded to bf16 once more, by at
+most 2^-8 of itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,14 +23,15 @@ from pathlib import Path
 import torch
 
 from gemscope.core.arrays import Float, Tensor
+from gemscope.dictionaries.products import affine, kth_largest
 from gemscope.dictionaries.sparse import Support, dots, not_surplus
 
 _ROWS = 256
 """Rows of a block on a CPU, at least: fewer make the matrix product slower."""
 _BLOCK = {"cpu": 1 << 22}
 """Pre-activations of a block."""
-_UNIT = 2.0**-9
-"""Relative rounding error of bf16."""
+_UNIT = 1.01 * 2.0**-8
+"""Largest relative change by rounding to bf16, and a little for products of roundings."""
 
 
 @cache
@@ -83,7 +86,7 @@ def top_of_rows(
     def kth(maxima: Tensor, start: int) -> Tensor:
         # k groups reach it, hence k entries do: the k-th largest entry is no smaller
         count = maxima.shape[1]
-        smallest = maxima.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True) if k <= count else None
+        smallest = kth_largest(maxima, k)[:, None] if k <= count else None
         return maxima.new_zeros(len(maxima), 1) if smallest is None else smallest.clamp(min=0)
 
     support, values = product.exact(*product.at_least(kth, twice=True))
@@ -118,7 +121,7 @@ def top_of_batch(
     support, values = _keep(support, values, values > 0)
     if len(values) <= count:
         return support, values, float(values.min()) if len(values) else 0.0
-    smallest = values.topk(count, sorted=False).values.min()
+    smallest = kth_largest(values[None], count)[0]
     one_row = torch.zeros_like(support.rows)
     support, values = _keep(support, values, not_surplus(one_row, values, smallest[None], count))
     return support, values, float(smallest)
@@ -138,10 +141,7 @@ class _Product:
         self.group = _group_size(size)
         self.rows = max(_ROWS, _BLOCK.get(self.x.device.type, 1 << 27) // size)
         self.low = [t.bfloat16() if self.screen else t for t in (self.x, self.E, self.bias)]
-        self.margins: Tensor | None = None
-        if self.screen:
-            product = self.x.norm(dim=1, keepdim=True) * self.E.norm(dim=1).max()
-            self.margins = (2 * _UNIT + 2 * _UNIT**2) * 1.01 * product + 1.01 * _UNIT * self.bias.abs().max()
+        self.margins = _margins(self.x, self.E, self.bias, self.low) if self.screen else None
 
     def at_least(self, floor: Callable[[Tensor, int], Tensor], twice: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, latents and values of all entries that may reach the floor; and some that may not, in a screen.
@@ -152,12 +152,14 @@ class _Product:
         x, E, bias = self.low
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for start in range(0, len(x), self.rows):
-            block = torch.addmm(bias, x[start : start + self.rows], E.T)
+            block = affine(x[start : start + self.rows], E.T, bias)
             maxima = block.view(len(block), self.group, -1).amax(1).to(self.x.dtype)
             low = floor(maxima, start)
             if self.margins is not None:
-                slack = self.margins[start : start + self.rows] * (2 if twice else 1)
-                low = (low - slack) - 4 * _UNIT * (low - slack).abs()
+                slack = self.margins[start : start + self.rows]
+                if twice:
+                    low = low - _UNIT * low.abs() - slack
+                low = (low - slack) - _UNIT * (low - slack).abs()
             parts.append(_look(block, maxima, low, self.group, start))
         rows, latents, values = (torch.cat(part) for part in zip(*parts, strict=True))
         return rows, latents, values
@@ -171,6 +173,16 @@ class _Product:
         if not self.screen:
             return support, values.index_select(0, order).index_select(0, by_row)
         return support, dots(support, self.x, self.E) + self.bias.index_select(0, support.latents)
+
+
+def _margins(x: Tensor, E: Tensor, bias: Tensor, low: Sequence[Tensor]) -> Float[Tensor, "batch 1"]:
+    """How far a row's pre-activations may be from those in bf16, before these are rounded themselves."""
+    off_x = (x - low[0]).norm(dim=1, keepdim=True)
+    parts = zip(E.split(_ROWS), low[1].split(_ROWS), strict=True)
+    off_E = torch.stack([(part - short).norm(dim=1).max() for part, short in parts]).max()
+    size_x, size_E = x.norm(dim=1, keepdim=True) + off_x, E.norm(dim=1).max() + off_E
+    sums = x.shape[1] * 2.0**-23 * size_x * size_E
+    return 1.001 * (off_x * size_E + size_x * off_E + sums) + (bias - low[2]).abs().max()
 
 
 def _group_size(size: int) -> int:
@@ -217,12 +229,12 @@ def _kth_of_rows(support: Support, values: Tensor, k: int) -> Tensor:
     table = values.new_full((support.batch, width), float("-inf"))
     place = torch.arange(len(values), device=values.device) - offsets.index_select(0, support.rows)
     table.view(-1)[support.rows * width + place] = values
-    return table.topk(k, dim=1, sorted=False).values.amin(1)
+    return kth_largest(table, k)
 
 
 def _guess(x: Tensor, E: Tensor, bias: Tensor, count: int) -> float:
     """A little below the same quantile of some rows."""
     sample = x[:: max(1, len(x) // 64)][:64]
-    pre_acts = torch.addmm(bias, sample, E.T).view(-1)
+    pre_acts = affine(sample, E.T, bias).view(-1)
     wanted = min(len(pre_acts), max(1, round(1.2 * count * len(sample) / len(x))))
     return float(pre_acts.topk(wanted, sorted=False).values.min())

@@ -23,6 +23,7 @@ from torch.nn.functional import embedding_bag
 
 from gemscope.core.arrays import Bool, Float, Int, Tensor
 from gemscope.dictionaries import triton_kernels
+from gemscope.dictionaries.products import affine
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -177,7 +178,7 @@ def select(
         floor = 0.0 if part.floor is None else part.floor.to(x.dtype)
         size = max(1, _BLOCK.get(x.device.type, 1 << 26) // width)
         for start in range(0, batch, size):
-            pre_acts = torch.addmm(b_enc, x[start : start + size, part.position], W_enc)
+            pre_acts = affine(x[start : start + size, part.position], W_enc, b_enc)
             kept = pre_acts > floor
             if best is not None:
                 kept &= pre_acts >= _raise_floor(best[start : start + size], pre_acts)

@@ -119,3 +119,18 @@ def test_the_result_does_not_depend_on_the_block_size(rows: int, monkeypatch: py
     assert torch.equal(found[0].rows, expected[0].rows)
     assert torch.equal(found[0].latents, expected[0].latents)
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_screen_bears_the_worst_rounding(sign: float) -> None:
+    """Every number is just below the middle of two of bf16, so all products lose almost 2 x 2^-8 of themselves."""
+    worst = 1 + 2.0**-8 - 2.0**-20
+    x, E = torch.full((3, 64), worst), torch.full((64, 64), worst)
+    E[1:] *= 0.5
+    product = 64 * worst**2
+    assert float(x.bfloat16()[0] @ E.bfloat16()[0]) < (1 - 1.9 * 2.0**-8) * product
+    bias = torch.full((64,), sign * 3.0)
+    floor = torch.full((64,), product * (1 - 1e-6)) + bias
+    support, _ = above(x, E, bias, floor, screen=True)
+    assert support.rows.tolist() == [0, 1, 2]
+    assert support.latents.tolist() == [0, 0, 0]
