@@ -30,14 +30,16 @@ class TableAdam:
         self.first = torch.zeros_like(table) if self.beta1 > 0 else None
         self.second = torch.zeros_like(table)
         self.steps = 0
+        self._block = min(BLOCK.get(table.device.type, len(table)), len(table))
+        self._scratch = torch.zeros_like(table[: self._block])
 
     @torch.no_grad()
     def step(self, gradient: OuterGradient, rate: float) -> None:
         """One update."""
         self.steps += 1
-        size = BLOCK.get(self.table.device.type, len(self.table))
-        for number, block in enumerate(gradient.blocks(size)):
-            part = slice(number * size, (number + 1) * size)
+        self._count = torch.tensor(float(self.steps), device=self.table.device)
+        for number, block in enumerate(gradient.blocks(self._block)):
+            part = slice(number * self._block, (number + 1) * self._block)
             table, second = self.table[part], self.second[part]
             first = None if self.first is None else self.first[part]
             self._update(table, block, first, second, rate)
@@ -45,18 +47,29 @@ class TableAdam:
     def _update(
         self, table: Tensor, gradient: Tensor | None, first: Tensor | None, second: Tensor, rate: float
     ) -> None:
-        second.mul_(self.beta2)
         if gradient is None and first is None:
+            second.mul_(self.beta2)
             return
         gradient = torch.zeros_like(table) if gradient is None else gradient
         if self.unit_rows:
             remove_parallel(gradient, table)
-        second.addcmul_(gradient, gradient, value=1 - self.beta2)
-        if first is not None:
-            first.lerp_(gradient, 1 - self.beta1)
-            gradient = first
-        size = (second / (1 - self.beta2**self.steps)).sqrt_().add_(EPSILON)
-        table.addcdiv_(gradient, size, value=-rate / (1 - self.beta1**self.steps))
+        if first is None:  # with beta1 = 0 it is the gradient, in memory that nobody reads again
+            first = self._scratch[: len(table)]
+        torch._fused_adam_(  # pyright: ignore[reportPrivateUsage]  # what torch.optim.Adam calls, for part of a tensor
+            [table],
+            [gradient],
+            [first],
+            [second],
+            [],
+            [self._count],
+            lr=rate,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=0.0,
+            eps=EPSILON,
+            amsgrad=False,
+            maximize=False,
+        )
         if self.unit_rows:
             table.div_(torch.linalg.vector_norm(table, dim=1, keepdim=True))
 
