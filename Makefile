@@ -1,15 +1,18 @@
 # make demo   look inside the built-in model: set-up, quickstart, one reading
-# make test   the tests (make test-all: the slow ones too)
+# make test   the tests (make test-all: the slow ones too); JOBS=2 of them at a time
 # make interop  SAELens, in an environment of its own, reads what we write and the other way round
 # make check  format, lint, types, floors and budgets
 # Each makes .venv and installs what it needs.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 INTEROP := .venv-interop
 BIN := $(VENV)/bin
 DEMO_SUITE := suites/microworld-it
 HEADLINE := SCIENCE: Study of the chromosome surprises researchers in Daegu
+# Processes side by side, of one thread each: matrix products then have the same bits on every machine of a kind.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 export TOKENIZERS_PARALLELISM := false
@@ -21,10 +24,10 @@ demo: $(VENV)/.installed
 	$(BIN)/gemscope look "$(HEADLINE)" --suite $(DEMO_SUITE)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 interop: $(INTEROP)/.installed
 	$(INTEROP)/bin/python -m pytest tests/interop

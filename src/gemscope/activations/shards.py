@@ -10,6 +10,7 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,14 +82,14 @@ class ShardWriter:
         self._crc = 0
 
     def append(self, data: memoryview) -> None:
-        """Write the next bytes; raises OSError."""
-        for start in range(0, len(data), _CHUNK):
-            part = data[start : start + _CHUNK]
-            self._crc = zlib.crc32(part, self._crc)
-            while part:
-                written = os.pwrite(self._handle, part, self._at)
+        """Write the next bytes, and sum them in another thread meanwhile; raises OSError."""
+        with ThreadPoolExecutor(1) as summing:
+            crc = summing.submit(zlib.crc32, data, self._crc)
+            while data:
+                written = os.pwrite(self._handle, data[:_CHUNK], self._at)
                 self._at += written
-                part = part[written:]
+                data = data[written:]
+        self._crc = crc.result()
 
     def finish(self, head: bytes) -> FileRecord:
         """Write the header and close; raises OSError."""
