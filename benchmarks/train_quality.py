@@ -1,9 +1,11 @@
 """Dictionaries at equal L0 and equal tokens: what they leave unexplained, and which known features they found.
 
-A synthetic world: rows are sums of a few of many known directions, more than there are dimensions, of unequal
-frequency, with noise. Every trainer sees the same batches. All dictionaries are then measured by the same code, with
-the same L0 on held-out rows: thresholds, or k where there are none, are set to it on other rows. The peers (with
---peers PYTHON) are tried at several learning rates, and at several weights for JumpReLU; their best FVU counts.
+Two sets of rows. ``synthetic``: sums of a few of many known directions, more than there are dimensions, of unequal
+frequency, with noise. ``microworld-it``: its residual stream after layer 1, read from a store; held-out rows are of
+other documents, and no features are known. Every trainer sees the same batches. All dictionaries are then measured by
+the same code, with the same L0 on held-out rows: thresholds, or k where there are none, are set to it on other rows.
+The peers (with --peers PYTHON) are tried at several learning rates, and at several weights for JumpReLU; their best FVU
+counts.
 """
 
 import argparse
@@ -11,13 +13,21 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from _common import Result, machine, report
 
+from gemscope.activations.harvesting import harvest_to
+from gemscope.activations.plan import HarvestConfig
+from gemscope.activations.sources import Documents
+from gemscope.activations.store import Store
+from gemscope.core.sites import Site
 from gemscope.dictionaries.activation import Activation
 from gemscope.dictionaries.sae import SAE
+from gemscope.models.gemma import Gemma
+from gemscope.suites.corpus import GeneratedText
 from gemscope.training.calibration import threshold_factor
 
 TRAIN = Path(__file__).with_name("_quality.py")
@@ -27,6 +37,10 @@ SEARCH = {
     "saelens": [{"rate": r, "weight": w} for r in (3e-4, 1e-3, 3e-3) for w in (1e-3, 1e-2)],
     "dictionary_learning": [{"rate": r} for r in (3e-4, 1e-3, 3e-3)],
 }
+
+
+Known = tuple[torch.Tensor, torch.Tensor]
+"""Which features each row holds, and their directions."""
 
 
 def world(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,6 +55,17 @@ def world(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     size = 0.7 + 0.6 * torch.rand(rows, FEATURES, generator=generator)
     x = (on * size) @ directions + mean + 0.05 * torch.randn(rows, D, generator=generator)
     return x, on, directions
+
+
+def stored(folder: Path, documents: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of microworld-it for training, for setting thresholds and for measuring, split by document."""
+    gemma, site = Gemma.load("microworld-it"), Site("resid_post", 1)
+    texts = list(GeneratedText(chat=True).read(0, documents))
+    harvest_to(folder, gemma, Documents(texts), HarvestConfig((str(site),)))
+    train, other = Store.open(folder).split(0.12)
+    sides = (train, *other.split(0.5, seed=1))
+    found = [torch.cat([batch[site].float() for batch in side.batches([site], 4096, 0)]) for side in sides]
+    return found[0], found[1], found[2]
 
 
 def at_l0(found: dict[str, torch.Tensor], kind: str, x: torch.Tensor, l0: float) -> SAE:
@@ -58,33 +83,36 @@ def at_l0(found: dict[str, torch.Tensor], kind: str, x: torch.Tensor, l0: float)
     return sae
 
 
-def scores(sae: SAE, x: torch.Tensor, on: torch.Tensor, directions: torch.Tensor) -> dict[str, float]:
-    """FVU, L0, mean cosine of each feature's best latent, and the mean F1 of its firing as a detector of it."""
+def scores(sae: SAE, x: torch.Tensor, known: Known | None) -> dict[str, float]:
+    """FVU, L0, dead latents; of known features the mean cosine of the best latent, and its mean F1 as a detector."""
     support, _ = sae.encode_sparse(x)
     fvu = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
-    cosines = directions @ torch.nn.functional.normalize(sae.W_dec, dim=1).T
-    best, which = cosines.max(1)
     fires = torch.zeros(len(x), sae.d_sae, dtype=torch.bool)
     fires[support.rows, support.latents] = True
+    dead = 1 - fires.any(0).float().mean()
+    found = {"FVU": float(fvu), "L0": len(support.rows) / len(x), "dead": float(dead)}
+    if known is None:
+        return found
+    on, directions = known
+    cosines = directions @ torch.nn.functional.normalize(sae.W_dec, dim=1).T
+    best, which = cosines.max(1)
     hits = fires[:, which]
     f1 = 2 * (hits & on).sum(0) / (hits.sum(0) + on.sum(0)).clamp(min=1)
-    dead = 1 - fires.any(0).float().mean()
-    return {
-        "FVU": float(fvu),
-        "L0": len(support.rows) / len(x),
-        "mean cosine": float(best.mean()),
-        "mean F1": float(f1.mean()),
-        "dead": float(dead),
-    }
+    return found | {"mean cosine": float(best.mean()), "mean F1": float(f1.mean())}
 
 
-def train(python: str, trainer: str, kind: str, folder: Path, options: dict[str, float]) -> dict[str, torch.Tensor]:
+def train(python: str, trainer: str, kind: str, folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """One run in a process of its own."""
     command = [python, str(TRAIN), trainer, kind, "--rows", str(folder)]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     subprocess.run(command, check=True, capture_output=True)
     with np.load(folder / "out.npz", allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def searched(trainer: str, kind: str) -> list[dict[str, float]]:
+    """The settings tried; weights are for JumpReLU."""
+    return [one for one in SEARCH[trainer] if kind == "jumprelu" or one.get("weight", 1e-2) == 1e-2]
 
 
 def main() -> None:
@@ -96,30 +124,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     o = parser.parse_args()
     steps, rows = (30, 20_000) if o.quick else (o.steps, 300_000)
-    x = world(rows, 0)[0]
-    calibration = world(20_000, 1)[0]
-    held_out = world(20_000, 2)
     runs = [("own", "float32"), ("own", "bfloat16")]
     runs += [("saelens", "float32"), ("dictionary_learning", "float32")] if o.peers else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        np.save(folder / "x.npy", x.numpy())
-        for kind in ("jumprelu", "topk", "batchtopk"):
-            for trainer, product in runs:
-                python = sys.executable if trainer == "own" else o.peers
-                options = [dict(search) for search in SEARCH[trainer]]
-                if kind != "jumprelu":
-                    options = [s for s in options if s.get("weight", 1e-2) == 1e-2]
-                tried = []
-                for search in options:
-                    given = search | {"steps": steps, "l0": ACTIVE}
-                    command = given | ({"product": product} if trainer == "own" else {})
-                    sae = at_l0(train(python, trainer, kind, folder, command), kind, calibration, ACTIVE)
-                    tried.append((scores(sae, *held_out), search))
-                best, search = min(tried, key=lambda pair: pair[0]["FVU"])
-                label = f"gemscope {product}" if trainer == "own" else trainer
-                on = f"{FEATURES} features in {D} dimensions, d_sae 1024, {steps} steps of 1024 rows, {search}; "
-                report([Result(f"{label} {kind}, {n}", v, "", on + machine()) for n, v in best.items()], o.json)
+        for data in ("synthetic", "microworld-it"):
+            if data == "synthetic":
+                x, calibration, (held_out, *features) = world(rows, 0)[0], world(20_000, 1)[0], world(20_000, 2)
+                about, known = f"{FEATURES} features in {D} dimensions", (features[0], features[1])
+            else:
+                x, calibration, held_out = stored(folder / "store", rows // 47)
+                about, known = f"{data} after layer 1, {len(x)} rows from a store", None
+            np.save(folder / "x.npy", x.numpy())
+            for kind in ("jumprelu", "topk", "batchtopk"):
+                for trainer, product in runs:
+                    tried = []
+                    for search in searched(trainer, kind):
+                        given = search | {"steps": steps, "l0": ACTIVE}
+                        given |= {"product": product} if trainer == "own" else {}
+                        weights = train(sys.executable if trainer == "own" else o.peers, trainer, kind, folder, given)
+                        tried.append((scores(at_l0(weights, kind, calibration, ACTIVE), held_out, known), search))
+                    best, search = min(tried, key=lambda pair: pair[0]["FVU"])
+                    label = f"{data}, {f'gemscope {product}' if trainer == 'own' else trainer} {kind}"
+                    on = f"{about}, d_sae 1024, {steps} steps of 1024 rows, {search}; {machine()}"
+                    report([Result(f"{label}, {n}", v, "", on) for n, v in best.items()], o.json)
 
 
 if __name__ == "__main__":

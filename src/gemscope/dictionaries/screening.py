@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from gemscope.core.arrays import Float, Tensor
-from gemscope.dictionaries.products import affine, kth_largest
+from gemscope.dictionaries.products import Affine, kth_largest
 from gemscope.dictionaries.sparse import Support, dots, not_surplus
 
 _ROWS = 256
@@ -150,9 +150,10 @@ class _Product:
         off by the error of a screen.
         """
         x, E, bias = self.low
+        product = Affine(E.T, bias)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for start in range(0, len(x), self.rows):
-            block = affine(x[start : start + self.rows], E.T, bias)
+            block = product(x[start : start + self.rows])
             maxima = block.view(len(block), self.group, -1).amax(1).to(self.x.dtype)
             low = floor(maxima, start)
             if self.margins is not None:
@@ -235,6 +236,6 @@ def _kth_of_rows(support: Support, values: Tensor, k: int) -> Tensor:
 def _guess(x: Tensor, E: Tensor, bias: Tensor, count: int) -> float:
     """A little below the same quantile of some rows."""
     sample = x[:: max(1, len(x) // 64)][:64]
-    pre_acts = affine(sample, E.T, bias).view(-1)
+    pre_acts = Affine(E.T, bias)(sample).view(-1)
     wanted = min(len(pre_acts), max(1, round(1.2 * count * len(sample) / len(x))))
     return float(pre_acts.topk(wanted, sorted=False).values.min())

@@ -23,7 +23,7 @@ from torch.nn.functional import embedding_bag
 
 from gemscope.core.arrays import Bool, Float, Int, Tensor
 from gemscope.dictionaries import triton_kernels
-from gemscope.dictionaries.products import affine
+from gemscope.dictionaries.products import Affine
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
@@ -177,8 +177,9 @@ def select(
         W_enc, b_enc = part.W_enc.to(x.dtype), part.b_enc.to(x.dtype)
         floor = 0.0 if part.floor is None else part.floor.to(x.dtype)
         size = max(1, _BLOCK.get(x.device.type, 1 << 26) // width)
+        product = Affine(W_enc, b_enc)
         for start in range(0, batch, size):
-            pre_acts = affine(x[start : start + size, part.position], W_enc, b_enc)
+            pre_acts = product(x[start : start + size, part.position])
             kept = pre_acts > floor
             if best is not None:
                 kept &= pre_acts >= _raise_floor(best[start : start + size], pre_acts)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemscope.dictionaries import products
-from gemscope.dictionaries.products import affine, kth_largest
+from gemscope.dictionaries.products import Affine, kth_largest
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -16,7 +16,7 @@ def test_affine(has: bool, dtype: torch.dtype, layout: str, batch: int, monkeypa
     torch.manual_seed(0)
     x, b = torch.randn(batch, 24, dtype=dtype), torch.randn(70, dtype=dtype, requires_grad=True)
     W = torch.randn(24, 70, dtype=dtype) if layout == "rows" else torch.randn(70, 24, dtype=dtype).T
-    found = affine(x, W, b)
+    found = Affine(W, b)(x)
     assert (found.dtype, found.shape, found.requires_grad) == (dtype, (batch, 70), False)
     exact = x.double() @ W.double() + b.double()
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
