@@ -2,21 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gemscope.activations.harvest import harvest
+from gemscope.activations.replies import ReplyConfig, write_replies
 from gemscope.activations.sets import ActivationSet
+from gemscope.activations.sources import JsonLines
 from gemscope.artifacts.config import DictionaryConfig
 from gemscope.core.sites import Site
 from gemscope.dictionaries.base import Dictionary
 from gemscope.evaluation.splice import splice_losses
 from gemscope.evaluation.subject import Subject
-from gemscope.microworld.corpus import documents
 from gemscope.models.gemma import Gemma
 from gemscope.models.tokens import Tokens
-from gemscope.suites.corpus import heldout_text, training_text
+from gemscope.suites.corpus import GeneratedText, heldout_text, training_text
 from gemscope.training.config import TrainConfig
 from gemscope.training.finetune import finetune_config
 from gemscope.training.heldout import measured
@@ -60,26 +63,23 @@ def test_a_clt_stands_in_for_all_mlps() -> None:
     assert share >= 0.9
 
 
-def chats(gemma: Gemma, tokens: int, split: str) -> Sequence[Tokens]:
-    found: list[Tokens] = []
-    have = 0
-    for document in documents("it", split, 0):  # pyright: ignore[reportArgumentType]
-        found.append(gemma.tokens(document.text))
-        have += int(found[-1].content_mask.sum())
-        if have >= tokens:
-            return found
-    raise AssertionError
+def chats(gemma: Gemma, documents: int, split: Any, folder: Path) -> Sequence[Tokens]:
+    """Chats with the model's own replies."""
+    file = folder / f"{split}.jsonl"
+    config = ReplyConfig(documents, max_new_tokens=48)
+    count = write_replies(gemma, GeneratedText(True, split, running=False), file, config)
+    return [gemma.chat(turns, answer=False) for turns in JsonLines((file,)).read(0, count)]
 
 
 @pytest.mark.slow
-def test_a_dictionary_of_the_pretrained_model_finetuned_on_chats() -> None:
-    """Better on chat tokens than it was, and than one trained on as many tokens from scratch, all at equal L0."""
+def test_a_dictionary_of_the_pretrained_model_finetuned_on_chats(tmp_path: Path) -> None:
+    """Better on the replies than it was, and than one made anew from as many tokens, all at equal L0."""
     site = Site("resid_post", 3)
     base, tuned = Gemma.load("microworld-pt"), Gemma.load("microworld-it")
     config = TrainConfig(site, d_sae=512, target_l0=32.0, steps=400, batch_size=1024, calibration_rows=8192)
     first = train(harvest(base, training_text(base, 120_000, 0), [site]), [config])[0].dictionary
-    rows = harvest(tuned, chats(tuned, 60_000, "train"), [site])
-    held = harvest(tuned, chats(tuned, 12_000, "heldout"), [site])
+    rows = harvest(tuned, chats(tuned, 800, "train", tmp_path), [site])
+    held = harvest(tuned, chats(tuned, 200, "heldout", tmp_path), [site])
     few = {"steps": 100, "batch_size": 1024, "calibration_rows": 8192}
     about = DictionaryConfig.of(first, site, model="microworld-pt", l0=32.0)
     carried = train(rows, [finetune_config(about, **few)], start={0: first})[0].dictionary

@@ -44,6 +44,7 @@ stores = typer.Typer(help="Look after stores of activations.", no_args_is_help=T
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command(cls=_Harvest)(harvest)
+    app.command()(replies)
     app.add_typer(stores, name="store")
 
 
@@ -107,6 +108,45 @@ def harvest(
     if dry_run:
         return dry(gemma, source, config, out)
     return _run(out, (name, model_dtype), gemma, source, config, share, ray, workers)
+
+
+def replies(
+    texts: Texts = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSONL file to write.")] = Path("replies.jsonl"),
+    model: Model = None,
+    documents: Annotated[int | None, typer.Option(help="Documents to answer.", show_default="all", min=1)] = None,
+    column: Annotated[str, typer.Option(help="Field of JSONL and Parquet.")] = "text",
+    lines: Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")] = False,
+    new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 1.0,
+    batch: Annotated[int, typer.Option(help="Documents answered at once.", min=1)] = 32,
+    seed: Annotated[int, typer.Option(help="Of the draws and of generated text.", min=0)] = 0,
+    model_dtype: Annotated[
+        str | None, typer.Option(help="The model's: bf16 or fp32.", show_default="by device")
+    ] = None,
+) -> None:
+    """Let a model answer chats, and write them with its replies: text to finetune dictionaries on.
+
+    Each document's last user turn is answered. Stop it at any time; the same command goes on where it was.
+    """
+    from gemscope.activations.replies import ReplyConfig, write_replies
+    from gemscope.cli.inputs import DEFAULT_MODEL
+    from gemscope.cli.terminal import StageBars
+    from gemscope.cli.terminal import out as console
+    from gemscope.models.gemma import Gemma
+    from gemscope.suites.corpus import GeneratedText
+    from gemscope.suites.quickstart import StageProgress
+
+    gemma = Gemma.load(model or DEFAULT_MODEL, dtype=model_dtype)
+    config = ReplyConfig(documents, new_tokens, batch, temperature, seed)
+    source = GeneratedText(True, "train", seed, running=False)
+    if texts:
+        source = text_source(gemma, texts, out.parent, column=column, lines=lines)
+    with StageBars() as bars:
+        count = write_replies(
+            gemma, source, out, config, lambda done, total: bars(StageProgress("answer", done, total, "documents"))
+        )
+    console().print(f"{out}: {count:,} chats.")
 
 
 def _run(

@@ -41,11 +41,14 @@ class GeneratedText:
     """Chats in turn with running text."""
     split: Split = "train"
     seed: int = 0
+    running: bool = True
+    """Whether running text is among the chats."""
 
     def describe(self) -> dict[str, Any]:
         """The options, and a hash of the first documents that changes when the generator does."""
         digest = hashlib.sha256("\n".join(islice(self._run(0), 20)).encode()).hexdigest()
-        return {"kind": "microworld", "chat": self.chat, "split": self.split, "seed": self.seed, "sha256": digest}
+        about = {"kind": "microworld", "chat": self.chat, "split": self.split, "seed": self.seed, "sha256": digest}
+        return about if self.running else about | {"running": False}
 
     def count(self) -> int | None:
         """There is no end."""
@@ -58,7 +61,8 @@ class GeneratedText:
 
     def _run(self, run: int) -> Iterator[str]:
         seed = int.from_bytes(hashlib.blake2b(f"{self.seed}:{run}".encode(), digest_size=6).digest())
-        return (document.text for document in _texts(self.chat, self.split, seed))
+        found = _texts(self.chat, self.split, seed) if self.running else documents("it", self.split, seed)
+        return (document.text for document in found)
 
 
 def texts(gemma: Gemma, split: Split, seed: int) -> Iterator[Document]:
