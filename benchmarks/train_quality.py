@@ -31,11 +31,11 @@ from gemscope.suites.corpus import GeneratedText
 from gemscope.training.calibration import threshold_factor
 
 TRAIN = Path(__file__).with_name("_quality.py")
-D, FEATURES, ACTIVE = 128, 512, 20.0
+D, FEATURES, ACTIVE, D_SAE = 128, 256, 12.0, 512
 SEARCH = {
     "own": [{}],
-    "saelens": [{"rate": r, "weight": w} for r in (3e-4, 1e-3, 3e-3) for w in (1e-3, 1e-2)],
-    "dictionary_learning": [{"rate": r} for r in (3e-4, 1e-3, 3e-3)],
+    "saelens": [{"rate": r, "weight": w} for r in (1e-3, 3e-3) for w in (1e-3, 1e-2)],
+    "dictionary_learning": [{"rate": r} for r in (1e-3, 3e-3)],
 }
 
 
@@ -43,16 +43,18 @@ Known = tuple[torch.Tensor, torch.Tensor]
 """Which features each row holds, and their directions."""
 
 
-def world(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def world(
+    rows: int, seed: int, features: int = FEATURES, active: float = ACTIVE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows [rows, D], which features each holds, and their directions."""
     fixed = torch.Generator().manual_seed(1234)
-    directions = torch.nn.functional.normalize(torch.randn(FEATURES, D, generator=fixed), dim=1)
+    directions = torch.nn.functional.normalize(torch.randn(features, D, generator=fixed), dim=1)
     mean = torch.randn(D, generator=fixed)
-    frequency = torch.logspace(0, -1.5, FEATURES)
-    frequency *= ACTIVE / frequency.sum()
+    frequency = torch.logspace(0, -1.5, features)
+    frequency *= active / frequency.sum()
     generator = torch.Generator().manual_seed(seed)
-    on = torch.rand(rows, FEATURES, generator=generator) < frequency
-    size = 0.7 + 0.6 * torch.rand(rows, FEATURES, generator=generator)
+    on = torch.rand(rows, features, generator=generator) < frequency
+    size = 0.7 + 0.6 * torch.rand(rows, features, generator=generator)
     x = (on * size) @ directions + mean + 0.05 * torch.randn(rows, D, generator=generator)
     return x, on, directions
 
@@ -121,7 +123,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--peers", metavar="PYTHON", help="train these too")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     o = parser.parse_args()
     steps, rows = (30, 20_000) if o.quick else (o.steps, 300_000)
     runs = [("own", "float32"), ("own", "bfloat16")]
@@ -140,13 +142,13 @@ def main() -> None:
                 for trainer, product in runs:
                     tried = []
                     for search in searched(trainer, kind):
-                        given = search | {"steps": steps, "l0": ACTIVE}
+                        given = search | {"steps": steps, "l0": ACTIVE, "d-sae": D_SAE}
                         given |= {"product": product} if trainer == "own" else {}
                         weights = train(sys.executable if trainer == "own" else o.peers, trainer, kind, folder, given)
                         tried.append((scores(at_l0(weights, kind, calibration, ACTIVE), held_out, known), search))
                     best, search = min(tried, key=lambda pair: pair[0]["FVU"])
                     label = f"{data}, {f'gemscope {product}' if trainer == 'own' else trainer} {kind}"
-                    on = f"{about}, d_sae 1024, {steps} steps of 1024 rows, {search}; {machine()}"
+                    on = f"{about}, d_sae {D_SAE}, {steps} steps of 1024 rows, {search}; {machine()}"
                     report([Result(f"{label}, {n}", v, "", on) for n, v in best.items()], o.json)
 
 

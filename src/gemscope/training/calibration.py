@@ -52,6 +52,43 @@ def threshold_factor(sae: SingleLayer, x: Float[Tensor, "rows d_in"], target_l0:
     return 1.0
 
 
+_ROOM = 0.95
+"""Share of the largest frequency that is allowed on the rows at hand: others differ a little."""
+
+
+@torch.no_grad()
+def set_thresholds(
+    sae: SingleLayer, x: Float[Tensor, "rows d_in"], target_l0: float, limit: float | None = None
+) -> float:
+    """Multiply all thresholds by the factor that gives the mean L0 ``target_l0`` on ``x``; gives the factor.
+
+    With ``limit`` no latent is then active on more than that share of ``x``: the threshold of one that would be is
+    raised to where it is, and the others make up for it.
+    """
+    assert sae.threshold is not None
+    whole = 1.0
+    for _ in range(10):
+        factor = threshold_factor(sae, x, target_l0)
+        sae.threshold.mul_(factor)
+        whole *= factor
+        if limit is None or not _capped(sae, x, _ROOM * limit):
+            break
+    return whole
+
+
+def _capped(sae: SingleLayer, x: Tensor, limit: float) -> bool:
+    """Raise the thresholds of the latents active on more than ``limit`` of ``x``; says whether there were any."""
+    counts = sum(torch.bincount(sae.encode_sparse(part)[0].latents, minlength=sae.d_sae) for part in x.split(4096))
+    assert isinstance(counts, Tensor)
+    assert sae.threshold is not None
+    most = int(limit * len(x))
+    which = (counts > most).nonzero()[:, 0]
+    for some in which.split(256):
+        pre_acts = torch.addmm(sae.b_enc[some], x, sae.W_enc[:, some])
+        sae.threshold[some] = pre_acts.topk(most + 1, dim=0).values[-1].to(sae.threshold.dtype)
+    return len(which) > 0
+
+
 def common_threshold(
     x: Float[Tensor, "rows d_in"], E: Float[Tensor, "d_sae d_in"], b_enc: Float[Tensor, " d_sae"], target_l0: float
 ) -> float:

@@ -86,7 +86,8 @@ class TrainConfig:
     frequency_weight: float = 0.0
     """Weight, in spreads, of the penalty sum_i p_i (1 + p_i / frequency_scale) on how often each latent fires."""
     frequency_scale: float = 0.1
-    """Frequency at which that penalty turns from linear to quadratic."""
+    """Frequency at which that penalty turns from linear to quadratic; with the penalty no latent of the finished
+    dictionary is active on a larger share of the rows that thresholds are set on."""
     first_l0_factor: float = 4.0
     """The target begins this many times higher: latents learn a direction before they have to be rare."""
     first_k_factor: float = 1.0

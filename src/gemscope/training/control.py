@@ -16,12 +16,15 @@ from gemscope.training.config import TrainConfig
 
 _MEMORY = 0.98
 """Of the running mean of the L0 and its ratio to the target, per step."""
-_THRESHOLDS = 0.02
+_THRESHOLDS = 0.05
 """How far the logarithm of all thresholds moves per step and per unit of the L0's log ratio to its target."""
-_SUM = 2e-4
-"""The same, per unit of the sum of those ratios: makes up for what steadily pulls the other way, the annealing of the
-target and the frequency penalty. A latent's frequency falls about six times faster than its threshold rises; the
-answer is critically damped at 0.02**2 * 6 / 4."""
+_SUM = 1e-3
+"""The same, per unit of the sum of those ratios: makes up for what steadily pulls the other way, such as the frequency
+penalty. Where nothing pulls, a latent's frequency falls about six times faster than its threshold rises, and the
+answer is damped: 0.001 * 6 is below (0.05 * 6)**2 / 4."""
+_NEAR = 0.3
+"""Log ratio below which ratios are summed: what is summed on a long way is overshot at its end."""
+_LARGEST_SUM = 0.1
 _WEIGHT = 0.02
 """How far that of the weight moves."""
 _REACH = math.log(1e4)
@@ -63,7 +66,8 @@ class L0Control:
         if not self.steers_weight:
             if done < (1 + self.config.annealing) / 2 * self.config.steps:
                 return 1.0
-            self.sum = max(-_THRESHOLDS, min(_THRESHOLDS, self.sum + _SUM * ratio))
+            if abs(ratio) < _NEAR:
+                self.sum = max(-_LARGEST_SUM, min(_LARGEST_SUM, self.sum + _SUM * ratio))
             return math.exp(_THRESHOLDS * ratio + self.sum)
         if done >= self.config.sparsity_warmup * self.config.steps:
             self.knob = max(-_REACH, min(_REACH, self.knob + _WEIGHT * ratio))

@@ -26,7 +26,7 @@ from gemscope.dictionaries.screening import above, bf16_is_fast, top_of_batch, t
 from gemscope.dictionaries.single import SingleLayer
 from gemscope.dictionaries.sparse import Support, dots
 from gemscope.training import start
-from gemscope.training.calibration import common_threshold, first_thresholds, threshold_factor
+from gemscope.training.calibration import common_threshold, first_thresholds, set_thresholds
 from gemscope.training.config import TrainConfig
 from gemscope.training.control import L0Control
 from gemscope.training.data import moments
@@ -337,7 +337,9 @@ class SingleLayerLearner:
 
     @torch.no_grad()
     def finished(self, calibration: Rows) -> tuple[Dictionary, dict[str, float]]:
-        """The dictionary for raw activations, thresholds set to the target L0 on ``calibration``, and its numbers."""
+        """The dictionary for raw activations, thresholds set to the target L0 on ``calibration``, and with a frequency
+        penalty so that no latent is active there on more than ``frequency_scale``; and its numbers.
+        """
         config = self.config
         x = _wide(calibration[config.reads[0]])
         weights = {name: tensor.detach() for name, tensor in self.weights.items()}
@@ -351,9 +353,8 @@ class SingleLayerLearner:
         l0_train = self.control.mean if config.penalised else config.target_l0
         if config.activation == "jumprelu":
             l0_train = _mean_l0(dictionary, x)
-            factor = threshold_factor(dictionary, x, config.target_l0)
-            assert dictionary.threshold is not None
-            dictionary.threshold.mul_(factor)
+            limit = config.frequency_scale if config.frequency_weight > 0 else None
+            factor = set_thresholds(dictionary, x, config.target_l0, limit)
         dead = (self.idle_rows > config.dead_after_rows).float().mean().item()
         numbers = {"l0_train": float(l0_train), "l0": _mean_l0(dictionary, x), "threshold_factor": factor}
         numbers |= {"dead_fraction": dead, "scale_in": scales[0], "scale_out": scales[1]}

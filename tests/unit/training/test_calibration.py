@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gemscope.dictionaries.sae import SAE
 from gemscope.training import calibration
-from gemscope.training.calibration import first_thresholds, threshold_factor
+from gemscope.training.calibration import first_thresholds, set_thresholds, threshold_factor
 
 
 def _sae(seed: int) -> SAE:
@@ -45,6 +45,20 @@ def test_the_factor_gives_the_target_on_the_rows_it_was_fitted_on(seed: int, tar
     factor = threshold_factor(sae, x, target)
     sae.threshold.mul_(factor)
     assert (sae.encode(x) > 0).sum().item() == pytest.approx(200 * target, abs=1.01)
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_no_latent_is_more_frequent_than_the_limit_and_the_others_make_up_for_it(seed: int) -> None:
+    sae, x = _sae(seed), torch.randn(400, 6, generator=torch.Generator().manual_seed(seed))
+    set_thresholds(sae, x, 4.0)
+    before = (sae.encode(x) > 0).float().mean(0)
+    limit = float(before.quantile(0.8))
+    set_thresholds(sae, x, 4.0, limit)
+    active = (sae.encode(x) > 0).float()
+    assert active.sum(0).max() <= 0.95 * limit * 400 + 1  # two products may round a tie differently
+    assert active.sum(1).mean() == pytest.approx(4.0, rel=0.05)
+    assert (active.mean(0)[before < 0.5 * limit] >= before[before < 0.5 * limit]).all()
 
 
 def test_a_target_that_no_factor_reaches_leaves_the_thresholds_alone() -> None:
