@@ -309,7 +309,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".store-bench-") as name:
         folder = Path(name)
-        report(input_output(*(20_000, 4, 2) if options.quick else (200_000, 8, 4), folder), options.json)
+        report(input_output(*(20_000, 4, 2) if options.quick else (200_000, 8, 8), folder), options.json)
         if options.peers:
             report(saelens(options.peers, 20_000 if options.quick else 200_000, folder), options.json)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -321,12 +321,12 @@ def main() -> None:
         words = torch.randint(2, shape["vocab_size"], (count, 255), generator=generator)
         texts = [" ".join(random.tokenizer.convert_ids_to_tokens(row.tolist())) for row in words]
         label = "tiny random Gemma 3" if options.quick else "random Gemma 3 270M"
-        report(harvesting(random, texts, 4, 2048, 2, label, folder), options.json)
+        report(harvesting(random, texts, 4, 2048, 3, label, folder), options.json)
         mixed = [" ".join(text.split()[: 15 + 15 * i]) for i, text in enumerate(texts[:16])]
         report(packing(random, mixed, 2048, 2, label), options.json)
         microworld = Gemma.load("microworld-it")
         texts = list(GeneratedText(chat=True).read(0, 400 if options.quick else 4000))
-        report(harvesting(microworld, texts, 8, 4096, 2, "microworld-it", folder), options.json)
+        report(harvesting(microworld, texts, 8, 4096, 5, "microworld-it", folder), options.json)
         report(packing(microworld, texts[:500], 4096, 2, "microworld-it"), options.json)
 
 
