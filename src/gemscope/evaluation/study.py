@@ -6,8 +6,8 @@ Per label, on documents that nothing was fitted on:
   probe on all latents;
 - the dense probe on the activation, and token statistics;
 - controls: k-sparse probes on a random dictionary of the same size and L0, on the raw coordinates of the activation
-  (*neurons*) and on its principal components; on latents with *shuffled labels* (moved along the rows, so that they
-  keep their runs and number); and on a random dictionary and dense for the model with *random weights*.
+  (*neurons*) and on its principal components; on latents with *shuffled labels* (those of other documents, so that
+  they keep their runs and number); and on a random dictionary and dense for the model with *random weights*.
 """
 
 import hashlib
@@ -207,8 +207,7 @@ def _of_dictionary(
     latents, best = _best_latent(table, active)
     chosen, f1, scores = _sparse(table, "latents", Sparse(active), sorted({*KS, *SPLIT_KS}))
     split = [splits([f1[k][column] for k in SPLIT_KS]) for column in range(len(table.names))]
-    moved = table.y.roll(len(table.y) // 2, 0)
-    shuffled = _sparse(table, "shuffled labels", Sparse(active), KS, moved)[2]
+    shuffled = _sparse(table, "shuffled labels", Sparse(active), KS, _shuffled(table))[2]
     x = {site: this.rows.x(site) for site in subject.sites}
     l0 = len(active.value) / max(active.shape[0], 1)
     control = _random_codes(subject, x, l0, this.seed)
@@ -250,6 +249,20 @@ def _sparse(
         if k in KS:
             shown.append(scores)
     return chosen, f1, shown
+
+
+def _shuffled(table: _Table) -> Bool[Tensor, "rows labels"]:
+    """Labels laid over other documents: in the order of the documents drawn by lot, on each side of the split.
+
+    Runs and numbers stay. Moving all labels by one distance would not do: documents of one length stand together, and
+    where they are of one pattern the moved labels follow it too.
+    """
+    lots = torch.randperm(table.count, generator=torch.Generator().manual_seed(table.seed))
+    y = torch.empty_like(table.y)
+    for side in (table.train, ~table.train):
+        rows = side.nonzero()[:, 0]
+        y[rows] = table.y[rows[lots[table.documents[rows]].argsort(stable=True)]]
+    return y
 
 
 def _all_latents(table: _Table, active: ActiveEntries) -> Float[Tensor, "rows labels"]:

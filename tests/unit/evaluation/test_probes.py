@@ -21,6 +21,7 @@ from gemscope.evaluation.probes import (
     logistic,
     token_statistics,
 )
+from gemscope.evaluation.study import _shuffled, _Table  # pyright: ignore[reportPrivateUsage]
 
 
 def rows(n: int = 200, width: int = 5, seed: int = 0):
@@ -125,6 +126,24 @@ def test_a_sparse_matrix_has_the_probe_of_its_dense_form():
     z = ((x - x.mean(0)) / x.std(0)).relu()
     marks = torch.stack([y, z[:, 3] > 0.5], 1)
     assert torch.allclose(dense_logistic(z.to_sparse(), marks), dense_logistic(z, marks), atol=1e-9)
+
+
+def test_shuffled_labels_keep_their_number_and_runs_and_lose_their_places():
+    """Documents of one pattern: the fourth and fifth tokens of seven, the first of five."""
+    lengths = [7] * 60 + [5] * 60
+    documents = torch.repeat_interleave(torch.arange(120), torch.tensor(lengths))
+    place = torch.cat([torch.arange(n) for n in lengths])
+    long = documents < 60
+    y = torch.stack([long & ((place == 3) | (place == 4)), ~long & (place == 0)], 1)
+    train = documents % 2 == 0
+    table = _Table(torch.arange(len(y)), y, ("a", "b"), train, documents, 120, torch.zeros(len(y), 2).long(), 0)
+    moved = _shuffled(table)
+    for side in (train, ~train):
+        assert moved[side].sum(0).tolist() == y[side].sum(0).tolist()
+        marks = moved[side][:, 0].int()
+        assert int((marks[1:] > marks[:-1]).sum()) == 30
+    hits = [float((moved[:, 0] & long & (place == p)).sum()) for p in range(7)]
+    assert max(hits) < 0.4 * sum(hits)
 
 
 def test_separable_labels_do_not_break_a_probe():
