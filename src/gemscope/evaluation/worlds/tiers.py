@@ -105,7 +105,7 @@ TIERS: Mapping[str, Tier] = {
             WorldConfig(_flat(128), 64, "transcoder"),
             d_sae=128,
             l0=3.4,
-            rows=3_000 * 1024,
+            rows=4_500 * 1024,
             seconds=60.0,
             targets={"batchtopk": Target(0.95, encoder_mcc=0.95)},
         ),
