@@ -13,7 +13,7 @@ from gemscope.suites.corpus import heldout_text, training_text
 from gemscope.training.config import TrainConfig
 from gemscope.training.trainer import train
 
-SITE = Site("resid_post", 3)
+SITE = Site("resid_post", 1)
 
 pytestmark = pytest.mark.slow
 
@@ -69,4 +69,4 @@ def test_concepts_are_covered_even_by_small_and_short_training(measured):
     for one in measured:
         found, of = one.concepts.found
         assert of >= 30
-        assert found / of > 0.2
+        assert found / of >= 0.6

@@ -25,11 +25,16 @@ from gemscope.training.trainer import Progress, train
 
 _MANY_FIRST = {"decay": 0.3, "first_k_factor": 8 / 3}
 RECIPES: Mapping[Method, Mapping[str, Any]] = {
-    "jumprelu": {"learning_rate": 6e-3, "decay": 0.3, "sparsity_weight": 0.01},
+    "jumprelu": {"learning_rate": 6e-3, "decay": 0.3, "sparsity": "linear", "sparsity_weight": 0.01},
     "batchtopk": {"learning_rate": 3e-3, **_MANY_FIRST},
     "matryoshka": {"learning_rate": 6e-3, **_MANY_FIRST},
 }
-"""What differs from the trainer's defaults, by method; the same for all worlds."""
+"""What differs from the trainer's defaults, by method; the same for all worlds of one layer."""
+SEVERAL_LAYERS: Mapping[Method, Mapping[str, Any]] = {
+    "jumprelu": {"learning_rate": 6e-3, "decay": 0.3, "sparsity_weight": 0.01},
+    "batchtopk": {"learning_rate": 6e-3, "dead_weight": 0.0, **_MANY_FIRST},
+}
+"""The same for all worlds of several layers, whose trainer is another."""
 BATCH = 1024
 
 OURS = "gemscope"
@@ -92,7 +97,7 @@ def config_of(one: Tier, method: Method, seed: int, rows: int | None = None) -> 
         "steps": max(1, (rows or one.rows) // BATCH),
         "batch_size": BATCH,
         "seed": seed,
-        **RECIPES[method],
+        **(RECIPES if one.world.layers == 1 else SEVERAL_LAYERS)[method],
     }
     if one.world.layers == 1:
         return TrainConfig(one.world.reads[0], **given)

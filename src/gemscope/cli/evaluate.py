@@ -38,6 +38,9 @@ def evaluate(
     random_model: Annotated[
         bool, typer.Option(help="Also probe the model with random weights; takes its memory again.")
     ] = True,
+    first_letters: Annotated[
+        bool, typer.Option("--first-letters", help="Also absorption of first letters, on words of the vocabulary.")
+    ] = False,
     no_verify: NoVerify = False,
     as_json: Json = False,
 ) -> None:
@@ -62,6 +65,7 @@ def evaluate(
                 text=text,
                 full=not fast,
                 random_model=random_model,
+                first_letters=first_letters,
                 verified=not no_verify,
             )
     else:
@@ -77,6 +81,7 @@ def evaluate(
     else:
         console().print(tables.evaluations(measured, target))
         console().print(tables.probes(measured))
+        console().print(tables.first_letters(measured))
 
 
 def compare(

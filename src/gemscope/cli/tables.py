@@ -75,6 +75,22 @@ def probes(measured: Sequence[Evaluation]) -> RenderableType:
     return Group(Text(), table, Text(), *(Text(note, style="dim") for note in notes))
 
 
+def first_letters(measured: Sequence[Evaluation]) -> RenderableType:
+    """Splitting and absorption of first letters; nothing where they were not measured."""
+    shown = [(one, one.first_letters) for one in measured if one.first_letters is not None]
+    if not shown:
+        return Text()
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("first letters", no_wrap=True)
+    for name in ("letters", "latents each", "absorbed", "partly"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one, found in shown:
+        values = (found.splits, found.full, found.partial)
+        table.add_row(_short(one), str(len(found.letters)), *("–" if v is None else f"{v:.3f}" for v in values))
+    note = f"{shown[0][1].words:,} words of the vocabulary; letters that the model does not know are left out"
+    return Group(Text(), table, Text(), Text(note, style="dim"))
+
+
 def comparison(found: Comparison) -> RenderableType:
     """Both dictionaries, figure by figure, where the difference is, and the verdict."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")

@@ -6,7 +6,7 @@ for each set of sites that is written, over the first documents.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from gemscope.dictionaries.sparse import Support
 from gemscope.evaluation.concepts import ConceptLabels, score_concepts
 from gemscope.evaluation.controls import Control, Principal, components, random_like
 from gemscope.evaluation.fidelity import ErrorSums, Fidelity, FidelitySums, Targets
+from gemscope.evaluation.first_letter import first_letters
 from gemscope.evaluation.geometry import geometry
 from gemscope.evaluation.groups import Places
 from gemscope.evaluation.intervals import columns, intervals
@@ -54,6 +55,8 @@ class EvaluateConfig:
     """Rows that probes are fitted and scored on, at most."""
     random_model: bool = True
     """Whether the probes are also fitted on the model with random weights, which takes its memory again."""
+    first_letters: bool = False
+    """Whether splitting and absorption of first letters are measured, on prompts of their own."""
     geometry: bool = True
     """Whether the weights are compared with one another."""
     seed: int = 0
@@ -98,10 +101,14 @@ def evaluate(
         own = Study(tuple(subjects), reading.labelled, wanted, tuple(items), config.batch_tokens, config.seed)
         probes = study(gemma, own, config.random_model)
     notes = {"documents": len(items), "positions": RULE, "provenance": _provenance(config), **(about or {})}
-    return tuple(
+    found = tuple(
         _evaluation(gemma, i, reading, fidelities, spliced, effects, probes[i], labels, config, notes)
         for i in range(len(subjects))
     )
+    if not config.first_letters:
+        return found
+    letters = first_letters(gemma, subjects, batch_tokens=config.batch_tokens, seed=config.seed)
+    return tuple(replace(one, first_letters=own) for one, own in zip(found, letters, strict=True))
 
 
 def _provenance(config: EvaluateConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ Interval = tuple[float, float] | None
 
 
 def write(folder: Path, measured: Sequence[Evaluation]) -> list[str]:
-    """``evaluations.json`` (all), ``NAME.json`` (each), ``saebench/core/*.json`` and ``index.html``; their names."""
+    """``evaluations.json`` (all), ``NAME.json`` (each), ``saebench/*/*.json`` and ``index.html``; their names."""
     write_json(folder / "evaluations.json", [one.as_dict() for one in measured])
     written = ["evaluations.json"]
     for one in measured:
@@ -55,6 +55,7 @@ def page(measured: Sequence[Evaluation]) -> str:
         _latents(measured),
         _concepts(measured),
         _probes(measured),
+        _first_letters(measured),
         _provenance(first),
     ]
     title = f"Dictionaries of {escape(first.model)}"
@@ -96,12 +97,13 @@ def _cell(value: float | None, interval: Interval = None, digits: int = 4, perce
 
 def _headline(measured: Sequence[Evaluation]) -> str:
     head = ("dictionary", "L0", "FVU", "robust FVU", "Δ loss", "KL", "top-1 kept", "recovered,<br>mean ablation",
-            "recovered,<br>zero ablation", "cosine")  # fmt: skip
+            "recovered,<br>zero ablation", "cosine,<br>norm ratio,<br>bias")  # fmt: skip
     rows: list[tuple[str, Sequence[str]]] = []
     for one in measured:
         f, loss, known = one.fidelity, one.loss, one.intervals
         tail = "" if loss.kl_p95 is None else f"<small>95 %: {loss.kl_p95:.4f}</small>"
-        what = f"{one.kind.replace('_', ' ')}, {len(f.firings):,} latents"
+        kind = one.kind.upper() if len(one.kind) == 3 else one.kind.replace("_", " ")
+        what = f"{kind}, {len(f.firings):,} latents"
         cells = (
             f"<b>{escape(_name(one))}</b><small>{escape(what)}</small>",
             _cell(f.l0, known.get("l0"), 1),
@@ -113,7 +115,7 @@ def _headline(measured: Sequence[Evaluation]) -> str:
             _cell(loss.recovered_mean, known.get("recovered_mean"), 1, percent=True),
             _cell(loss.recovered_zero, known.get("recovered_zero"), 1, percent=True),
             _cell(f.cosine, digits=3)
-            + f"<small>norm ratio {_cell(f.norm_ratio, digits=3)}</small><small>bias {_cell(f.bias, digits=3)}</small>",
+            + f"<small>{_cell(f.norm_ratio, digits=3)}</small><small>{_cell(f.bias, digits=3)}</small>",
         )
         rows.append(("", cells))
         for control in one.controls:
@@ -271,6 +273,23 @@ def _probes(measured: Sequence[Evaluation]) -> str:
     )
     bars_of = "".join(_bars(one, report, i) for i, (one, report) in enumerate(pairs))
     return f'<h2>Probes and controls</h2>{_table(head, rows)}<p class="note">{note}</p>{bars_of}'
+
+
+def _first_letters(measured: Sequence[Evaluation]) -> str:
+    shown = [(one, one.first_letters) for one in measured if one.first_letters is not None]
+    if not shown:
+        return ""
+    rows: list[tuple[str, Sequence[str]]] = []
+    for one, found in shown:
+        figures = [_cell(value, digits=3) for value in (found.splits, found.full, found.partial)]
+        known = f"{len(found.letters)}<small>{escape(' '.join(label.concept for label in found.letters))}</small>"
+        rows.append(("", [f"<b>{escape(_name(one))}</b>", known, *figures]))
+    head = ("dictionary", "letters that the model knows", "latents a letter<br>is split into", "absorbed", "partly")
+    note = (
+        f"{shown[0][1].words:,} words of the vocabulary, read at their last token. Absorbed: the share of tokens at"
+        " which the letter's latents are silent and one other stands in."
+    )
+    return f'<h2>First letters</h2>{_table(head, rows)}<p class="note">{note}</p>'
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

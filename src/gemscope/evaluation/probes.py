@@ -2,13 +2,13 @@
 
 - *k-sparse probe*: logistic regression on the k features whose means on positive and negative training rows differ
   most, in units of the feature's standard deviation (Gurnee et al. 2023; for latents Gao et al. 2024);
-- *dense probe*: logistic regression on all dimensions of the activation;
+- *dense probe*: logistic regression on all dimensions of the activation; *all latents*: on all of a dictionary's;
 - *token statistics*: no activation at all, but the share of positives among training rows of the same token, and of the
   same pair of it and the one before, each pulled towards the one it refines.
 
-All are fitted on some documents and scored on others (documents are dealt by the hash of their tokens), by AUROC and by
-F1 at the threshold that is best on the training rows. Logistic regressions minimise the sum of log losses plus half the
-squared norm of the coefficients of standardised features.
+All are fitted on some documents and scored on others (documents are dealt by the hash of their tokens), by AUROC, by F1
+and by balanced accuracy, each at the threshold that is best for it on the training rows. Logistic
+regressions minimise the sum of log losses plus half the squared norm of the coefficients of standardised features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,6 +46,8 @@ class Score:
     auroc_interval: tuple[float, float] | None
     f1: float
     f1_interval: tuple[float, float] | None
+    accuracy: float | None = None
+    """Balanced: the mean of the shares of positives and of negatives that are called right."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,10 @@ def logistic(
 def dense_logistic(
     x: Float[Tensor, "rows width"], y: Bool[Tensor, "rows labels"], rounds: int = 120
 ) -> Float[Tensor, "width_plus_1 labels"]:
-    """The same for all labels on all columns of ``x`` at once, by L-BFGS; ``x`` should be whitened."""
-    one = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
-    target = y.double()
+    """The same for all labels on all columns of ``x`` at once, by L-BFGS; ``x`` should be whitened, or is sparse."""
+    x, target = x.double(), y.double()
     start = target.mean(0).clamp(1e-6, 1 - 1e-6)
-    weight = torch.zeros(one.shape[1], target.shape[1], dtype=torch.float64)
+    weight = torch.zeros(x.shape[1] + 1, target.shape[1], dtype=torch.float64)
     weight[-1] = (start / (1 - start)).log()
     weight.requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -178,7 +179,7 @@ def dense_logistic(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        z = one @ weight
+        z = x @ weight[:-1] + weight[-1]
         loss = (torch.nn.functional.softplus(z) - target * z).sum() + 0.5 * weight[:-1].square().sum()
         loss.backward()
         return loss
@@ -260,6 +261,21 @@ def best_threshold(score: Float[Tensor, " rows"], y: Bool[Tensor, " rows"]) -> f
     return float(ordered[int(f1.argmax())])
 
 
+def best_balance(score: Float[Tensor, " rows"], y: Bool[Tensor, " rows"]) -> float:
+    """Where "score ≥ threshold" has the best balanced accuracy; the highest of equal ones."""
+    ordered, order = score.double().sort(descending=True)
+    right, wrong = y[order].double().cumsum(0) / y.sum(), (~y[order]).double().cumsum(0) / (~y).sum()
+    last = torch.ones(len(score), dtype=torch.bool)
+    last[:-1] = ordered[1:] != ordered[:-1]
+    return float(ordered[int(torch.where(last, right - wrong, -1.0).argmax())])
+
+
+def accuracy_at(score: Float[Tensor, " rows"], y: Bool[Tensor, " rows"], threshold: float) -> float:
+    """Balanced accuracy of "score ≥ threshold", which is the accuracy to expect on as many positives as negatives."""
+    said = score.double() >= threshold
+    return (float(said[y].double().mean()) + float((~said[~y]).double().mean())) / 2
+
+
 def f1_at(score: Float[Tensor, " rows"], y: Bool[Tensor, " rows"], threshold: float) -> float:
     """F1 of "score ≥ threshold": 2 TP / (predicted + positives)."""
     said = score.double() >= threshold
@@ -282,6 +298,16 @@ def f1_intervals(
     )
     drawn = ratios(above, below, seed)
     return [central(drawn[:, i]) if int((below[:, i] > 0).sum()) > 1 else None for i in range(drawn.shape[1])]
+
+
+def mean_accuracy(report: ProbeReport, method: str, k: int | None = None) -> float | None:
+    """Mean balanced accuracy over labels."""
+    found = [
+        score.accuracy
+        for one in report.concepts
+        if (score := one.score(method, k)) is not None and score.accuracy is not None
+    ]
+    return sum(found) / len(found) if found else None
 
 
 def means_of(reports: Sequence[ProbeReport]) -> dict[tuple[str, int | None], list[float | None]]:

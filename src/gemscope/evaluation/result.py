@@ -12,6 +12,7 @@ from gemscope.core.values import revived
 from gemscope.evaluation.concepts import ConceptReport
 from gemscope.evaluation.controls import Control
 from gemscope.evaluation.fidelity import Fidelity
+from gemscope.evaluation.first_letter import FirstLetters
 from gemscope.evaluation.geometry import Geometry
 from gemscope.evaluation.probes import ProbeReport
 from gemscope.evaluation.splice import SpliceLoss
@@ -44,6 +45,8 @@ class Evaluation:
     controls: tuple[Control, ...] = ()
     """Fidelity of a random dictionary and of PCA, at equal L0."""
     probes: ProbeReport | None = None
+    """None when they were not asked for."""
+    first_letters: FirstLetters | None = None
     """None when they were not asked for."""
     intervals: Mapping[str, tuple[float, float] | None] = field(default_factory=dict[str, tuple[float, float] | None])
     """The central 95 % of each headline figure when documents are drawn anew."""

@@ -4,11 +4,15 @@ Notable:
 - the required keys hold the correct values; what SAEBench 0.6.0 would print for its two wrong ones (explained variance
   with squares before the mean, mse divided by the tokens of a batch) stands in ``eval_result_unstructured.compat`` and
   is named in ``eval_config``; ``explained_variance_legacy`` is a mean over tokens with the mean of our batches;
+- sparse probing and absorption are measured on other data than SAEBench's, by its definitions; ``eval_config`` says
+  how. Labels are of tokens and mostly rare, so accuracies are balanced: what a test set of as many positives as
+  negatives, which SAEBench's are, would give;
 - its plots choose the figures by the *path*: every eval has a folder of its name;
 - its core reads ``sae_cfg_dict``'s ``architecture`` and ``d_sae``; ``training_tokens`` is there when it is known.
 """
 
 import re
+import statistics
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +22,7 @@ from typing import Any
 from gemscope import __version__
 from gemscope.core.files import write_json
 from gemscope.core.sites import Site
+from gemscope.evaluation.probes import Probed, mean_accuracy
 from gemscope.evaluation.result import Evaluation
 
 SCHEMA: Mapping[str, Mapping[str, Sequence[str]]] = {
@@ -61,16 +66,29 @@ SCHEMA: Mapping[str, Mapping[str, Sequence[str]]] = {
 """Folder (what SAEBench's plots find in the path) -> category -> metrics that it requires."""
 
 EVAL_TYPE = {"core": "core", "absorption": "absorption_first_letter", "sparse_probing": "sparse_probing"}
-DETAILS = (
-    "index",
-    "feature_density",
-    "consistent_activation_heuristic",
-    "encoder_bias",
-    "encoder_norm",
-    "encoder_decoder_cosine_sim",
-    "max_decoder_cosine_sim",
-    "max_encoder_cosine_sim",
-)
+PROBES = {"llm": ("dense", "neurons"), "sae": ("all latents", "latents")}
+"""Of each category of ``sparse_probing`` the methods behind ``test_accuracy`` and ``top_k_test_accuracy``."""
+DETAILS: Mapping[str, Sequence[str]] = {
+    "core": (
+        "index",
+        "feature_density",
+        "consistent_activation_heuristic",
+        "encoder_bias",
+        "encoder_norm",
+        "encoder_decoder_cosine_sim",
+        "max_decoder_cosine_sim",
+        "max_encoder_cosine_sim",
+    ),
+    "absorption": (
+        "first_letter",
+        "mean_absorption_fraction",
+        "full_absorption_rate",
+        "num_full_absorption",
+        "num_probe_true_positives",
+        "num_split_features",
+    ),
+    "sparse_probing": ("dataset_name", *SCHEMA["sparse_probing"]["llm"], *SCHEMA["sparse_probing"]["sae"]),
+}
 REQUIRED = (
     "eval_config",
     "eval_id",
@@ -85,8 +103,14 @@ REQUIRED = (
 
 
 def export(folder: Path, measured: Sequence[Evaluation]) -> list[Path]:
-    """Write the core evals; returns the files, ``core/{release}_{id}_eval_results.json``."""
-    return [_write(folder, "core", one, core(one)) for one in measured]
+    """Write every eval that was measured; returns the files, ``core/{release}_{id}_eval_results.json`` and so on."""
+    made: Mapping[str, Callable[[Evaluation], dict[str, Any] | None]] = {
+        "core": core,
+        "sparse_probing": sparse_probing,
+        "absorption": absorption,
+    }
+    values = ((name, one, make(one)) for name, make in made.items() for one in measured)
+    return [_write(folder, name, one, value) for name, one, value in values if value is not None]
 
 
 def _write(folder: Path, name: str, one: Evaluation, value: Mapping[str, Any]) -> Path:
@@ -140,7 +164,77 @@ def core(one: Evaluation) -> dict[str, Any]:
         "misc_metrics": _misc(one),
     }
     wrong = {name: compat[name] for name in ("explained_variance_saebench_bug", "mse_saebench_bug") if name in compat}
-    return _frame(one, "core", metrics, _details(one), {"compat": wrong})
+    note = (
+        "eval_result_unstructured.compat holds what SAEBench 0.6.0's formulas give where they are wrong: "
+        "explained_variance_saebench_bug (squares before the mean), mse_saebench_bug (divided by a batch's tokens)"
+    )
+    return _frame(one, "core", metrics, _details(one), {"compat": wrong}, {"compat": note})
+
+
+def sparse_probing(one: Evaluation) -> dict[str, Any] | None:
+    """The ``sparse_probing`` eval, each label a data set; None where nothing was probed."""
+    report = one.probes
+    if report is None or not report.concepts:
+        return None
+
+    def values(accuracy: Callable[[str, int | None], float | None]) -> dict[str, dict[str, float | None]]:
+        return {
+            kind: {_key(kind, k): accuracy(sparse if k else dense, k) for k in (None, 1, 2, 5)}
+            for kind, (dense, sparse) in PROBES.items()
+        }
+
+    def of_label(label: Probed) -> dict[str, Any]:
+        def own(method: str, k: int | None) -> float | None:
+            score = label.score(method, k)
+            return None if score is None else score.accuracy
+
+        return {"dataset_name": label.concept, **{key: v for kind in values(own).values() for key, v in kind.items()}}
+
+    metrics = values(lambda method, k: mean_accuracy(report, method, k))
+    note = (
+        f"labels of tokens, fitted on {report.train_rows} and scored on {report.test_rows} of other documents; balanced"
+        " accuracies, at the threshold that is best on the training tokens; features chosen by mean difference"
+    )
+    return _frame(one, "sparse_probing", metrics, list(map(of_label, report.concepts)), {}, {"method": note})
+
+
+def _key(kind: str, k: int | None) -> str:
+    return f"{kind}_test_accuracy" if k is None else f"{kind}_top_{k}_test_accuracy"
+
+
+def absorption(one: Evaluation) -> dict[str, Any] | None:
+    """The ``absorption_first_letter`` eval; None where first letters were not measured, or the model knows none."""
+    if one.first_letters is None:
+        return None
+    found = [
+        {
+            "first_letter": label.concept,
+            "mean_absorption_fraction": label.absorption.partial,
+            "full_absorption_rate": label.absorption.full,
+            "num_full_absorption": round(label.absorption.full * label.absorption.true_positives),
+            "num_probe_true_positives": label.absorption.true_positives,
+            "num_split_features": label.splits or 1,
+        }
+        for label in one.first_letters.letters
+        if label.absorption is not None
+    ]
+    if not found:
+        return None
+    names = {
+        "absorption_fraction_score": "mean_absorption_fraction",
+        "full_absorption_score": "full_absorption_rate",
+        "num_split_features": "num_split_features",
+    }
+    columns = {name: [float(line[key]) for line in found] for name, key in names.items()}
+    mean = {f"mean_{name}": statistics.fmean(values) for name, values in columns.items()}
+    mean |= {
+        f"std_dev_{name}": statistics.stdev(values) if len(values) > 1 else 0.0 for name, values in columns.items()
+    }
+    note = (
+        f"{one.first_letters.words} words of the vocabulary; letters whose dense probe is too weak are left out:"
+        f" {', '.join(one.first_letters.left_out) or 'none'}"
+    )
+    return _frame(one, "absorption", {"mean": mean}, found, {}, {"method": note})
 
 
 def _score(ablated: float | None, own: float | None) -> float | None:
@@ -194,7 +288,12 @@ def _details(one: Evaluation) -> list[dict[str, Any]]:
 
 
 def _frame(
-    one: Evaluation, name: str, metrics: Mapping[str, Any], details: list[dict[str, Any]], free: Mapping[str, Any]
+    one: Evaluation,
+    name: str,
+    metrics: Mapping[str, Any],
+    details: list[dict[str, Any]],
+    free: Mapping[str, Any],
+    notes: Mapping[str, str],
 ) -> dict[str, Any]:
     kept = {
         category: {key: value for key, value in values.items() if value is not None}
@@ -210,8 +309,7 @@ def _frame(
             "excluded_positions": one.about.get("positions"),
             "precision": "fp32 activations, fp64 sums",
             "not_measured": missing,
-            "compat": "eval_result_unstructured.compat holds what SAEBench 0.6.0's formulas give where they are wrong: "
-            "explained_variance_saebench_bug (squares before the mean), mse_saebench_bug (divided by a batch's tokens)",
+            **notes,
         },
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
@@ -260,14 +358,8 @@ def problems(value: Any, name: str) -> list[str]:
     found += [
         f"sae_cfg_dict.{key} is missing" for key in ("architecture", "d_sae", "training_tokens") if key not in config
     ]
-    if name == "core":
-        found += [
-            f"details lack {key}"
-            for one in value.get("eval_result_details", [])[:1]
-            for key in DETAILS
-            if key not in one
-        ]
-    return found
+    details = value.get("eval_result_details", [])[:1]
+    return found + [f"details lack {key}" for one in details for key in DETAILS[name] if key not in one]
 
 
 def _is_count(value: Any) -> bool:

@@ -2,11 +2,12 @@
 
 Per label, on documents that nothing was fitted on:
 
-- the best single latent (by AUROC on the training rows, as it is, without a fit), and k-sparse probes on latents;
+- the best single latent (by AUROC on the training rows, as it is, without a fit), k-sparse probes on latents, and a
+  probe on all latents;
 - the dense probe on the activation, and token statistics;
 - controls: k-sparse probes on a random dictionary of the same size and L0, on the raw coordinates of the activation
-  (*neurons*) and on its principal components; on latents with *shuffled labels* (moved along the rows, so that they
-  keep their runs and number); and on a random dictionary and dense for the model with *random weights*.
+  (*neurons*) and on its principal components; on latents with *shuffled labels* (those of other documents, so that
+  they keep their runs and number); and on a random dictionary and dense for the model with *random weights*.
 """
 
 import hashlib
@@ -29,8 +30,10 @@ from gemscope.evaluation.probes import (
     Probed,
     ProbeReport,
     Score,
+    accuracy_at,
     auroc,
     auroc_intervals,
+    best_balance,
     best_threshold,
     dense_logistic,
     f1_at,
@@ -46,6 +49,8 @@ MIN_POSITIVES = 10
 """On the training rows and on the test rows."""
 
 SPLIT_KS = (1, 2, 3, 4, 5)
+ALL_ROUNDS = 60
+"""Steps that the probes on all latents are fitted for, at most."""
 MOST_WHITE = 512
 """Principal components that dense probes are fitted on, at most."""
 
@@ -91,12 +96,13 @@ class _Table:
     def score(
         self, method: str, k: int | None, values: Float[Tensor, "rows labels"], y: Tensor | None = None
     ) -> list[Score]:
-        """AUROC and F1 of one method for every label."""
+        """AUROC, F1 and balanced accuracy of one method for every label."""
         y, test = self.y if y is None else y, ~self.train
         columns = range(len(self.names))
         cuts = torch.tensor(
             [best_threshold(values[self.train, i], y[self.train, i]) for i in columns], dtype=torch.float64
         )
+        levels = [best_balance(values[self.train, i], y[self.train, i]) for i in columns]
         held, marks, documents = values[test], y[test], self.documents[test]
         areas = auroc_intervals(held, marks, documents, self.count, self.seed)
         rates = f1_intervals(held, marks, cuts, documents, self.count, self.seed)
@@ -108,6 +114,7 @@ class _Table:
                 areas[i],
                 f1_at(held[:, i], marks[:, i], float(cuts[i])),
                 rates[i],
+                accuracy_at(held[:, i], marks[:, i], levels[i]),
             )
             for i in columns
         ]
@@ -200,13 +207,12 @@ def _of_dictionary(
     latents, best = _best_latent(table, active)
     chosen, f1, scores = _sparse(table, "latents", Sparse(active), sorted({*KS, *SPLIT_KS}))
     split = [splits([f1[k][column] for k in SPLIT_KS]) for column in range(len(table.names))]
-    moved = table.y.roll(len(table.y) // 2, 0)
-    shuffled = _sparse(table, "shuffled labels", Sparse(active), KS, moved)[2]
+    shuffled = _sparse(table, "shuffled labels", Sparse(active), KS, _shuffled(table))[2]
     x = {site: this.rows.x(site) for site in subject.sites}
     l0 = len(active.value) / max(active.shape[0], 1)
     control = _random_codes(subject, x, l0, this.seed)
     random = _sparse(table, "random dictionary", Sparse(control[1]), KS)
-    lines = [best, *scores, *random[2], *shuffled]
+    lines = [best, *scores, table.score("all latents", None, _all_latents(table, active)), *random[2], *shuffled]
     if random_rows:
         codes = _random_codes(subject, random_rows, l0, this.seed)[1]
         lines += _sparse(table, "random model", Sparse(codes), KS)[2]
@@ -243,6 +249,36 @@ def _sparse(
         if k in KS:
             shown.append(scores)
     return chosen, f1, shown
+
+
+def _shuffled(table: _Table) -> Bool[Tensor, "rows labels"]:
+    """Labels laid over other documents: in the order of the documents drawn by lot, on each side of the split.
+
+    Runs and numbers stay. Moving all labels by one distance would not do: documents of one length stand together, and
+    where they are of one pattern the moved labels follow it too.
+    """
+    lots = torch.randperm(table.count, generator=torch.Generator().manual_seed(table.seed))
+    y = torch.empty_like(table.y)
+    for side in (table.train, ~table.train):
+        rows = side.nonzero()[:, 0]
+        y[rows] = table.y[rows[lots[table.documents[rows]].argsort(stable=True)]]
+    return y
+
+
+def _all_latents(table: _Table, active: ActiveEntries) -> Float[Tensor, "rows labels"]:
+    """What probes on every latent say of every row; latents in units of their standard deviation on training rows."""
+    rows, value, size = active.shape[0], active.value.double(), int(table.train.sum())
+    known, zeros = table.train[active.row], torch.zeros(active.shape[1], dtype=torch.float64)
+    whole, squares = (zeros.index_add(0, active.latent[known], v[known]) / size for v in (value, value.square()))
+    deviation = (squares - whole.square()).clamp_min(0.0).sqrt()
+    value = torch.where(deviation > 0, 1 / deviation.clamp_min(1e-300), 0.0)[active.latent] * value
+    place = table.train.long().cumsum(0) - 1
+    fitted = torch.stack([place[active.row[known]], active.latent[known]]).long()
+    every = torch.stack([active.row, active.latent]).long()
+    train = torch.sparse_coo_tensor(fitted, value[known], (size, active.shape[1]), check_invariants=False)
+    whole_x = torch.sparse_coo_tensor(every, value, (rows, active.shape[1]), check_invariants=False)
+    weight = dense_logistic(train.coalesce(), table.y[table.train], ALL_ROUNDS)
+    return whole_x @ weight[:-1] + weight[-1]
 
 
 def _white(x: Float[Tensor, "rows width"], train: Bool[Tensor, " rows"]) -> tuple[Tensor, Tensor, Tensor]:

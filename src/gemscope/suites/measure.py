@@ -31,14 +31,16 @@ def evaluate_folders(
     text: Path | str | None = None,
     full: bool = True,
     random_model: bool = True,
+    first_letters: bool = False,
     verified: bool = True,
 ) -> tuple[Evaluation, ...]:
     """Evaluate the dictionaries in ``folders``, of any kind and format; ``model`` is theirs unless another is given.
 
     ``text`` is a JSONL file of documents with labelled spans, by default the text of the quickstart; ``full`` adds
-    probes and controls to the fidelity. With ``verified`` it is first measured that each belongs to its site. Raises
-    FormatError when a folder holds no dictionary, InputError when they are of several models, PairingError when one
-    does not belong, and the errors of loading a model.
+    probes and controls to the fidelity, ``first_letters`` the splitting and absorption of first letters. With
+    ``verified`` it is first measured that each belongs to its site. Raises FormatError when a folder holds no
+    dictionary, InputError when they are of several models, PairingError when one does not belong, and the errors of
+    loading a model.
     """
     loaded = [formats.load(folder) for folder in folders]
     gemma = _model(loaded, model)
@@ -58,7 +60,7 @@ def evaluate_folders(
         subjects,
         items,
         labels if labels.names else None,
-        replace(evaluate_config(config, full=full), random_model=full and random_model),
+        replace(evaluate_config(config, full=full), random_model=full and random_model, first_letters=first_letters),
         tasks=rule_labels(items) if full else None,
         progress=lambda done, total: report(StageProgress("evaluate", done, total, "tokens")) if report else None,
         about={"text": "microworld" if text is None else str(text), "tokens": sum(len(item.ids) for item in items)},

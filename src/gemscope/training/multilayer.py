@@ -6,6 +6,8 @@ Notable:
 - decoders are streamed (``layer_gradients``) and updated as soon as their gradient is complete (``adam``): beside
   weights and one moment there is one decoder's gradient in memory, on the device also when the rest is offloaded;
 - what a latent writes, over all targets together, keeps norm 1: after each update its decoder rows are rescaled;
+- decoders of a space other than their encoders' begin as the mean of the targets weighted by the latents' first
+  activations, the direction of the first gradient: random ones cost many steps and, in the end, features;
 - the target L0 counts the latents of all layers and falls from the initial sum to ``target_l0``;
 - ``tied``: one decoder per source layer, whatever the target.
 
@@ -35,6 +37,8 @@ from gemscope.training.schedules import cosine_warmup, geometric, linear_decay, 
 from gemscope.training.sharding import ALONE, Mesh
 
 _BLOCK = 1 << 14
+_FIRST_ROWS = 4096
+"""Rows that decoders begin from."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class MultiLayerConfig(TrainConfig):
             raise InputError(f"a {self.kind} has no skip connection; it belongs to a clt or skip_transcoder.")
         if self.tied and not self.layers:
             raise InputError(f"a {self.kind} has one decoder; 'tied' is for several layers.")
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether what is written is what is read."""
+        return self.kind in ("sae", "crosscoder")
 
     @property
     def has_skip(self) -> bool:
@@ -102,6 +111,8 @@ class MultiLayerLearner:
         x = self._inputs(calibration)
         self.weights: dict[str, Tensor] = self._from_scratch() if start is None else self._from(start)
         self.first_l0 = config.first_l0 if start is None else config.target_l0
+        if start is None and not config.reconstructs and "W_dec" not in config.frozen:
+            self._first_decoders([rows[:_FIRST_ROWS] for rows in x], self._targets(calibration, _FIRST_ROWS))
         self._begin(x, start is not None)
         self.adam = StreamedAdam(config.beta2, dtype=config.moments)
         self.idle_rows = torch.zeros(self.n * self.width, dtype=torch.int64, device=self.device)
@@ -120,7 +131,7 @@ class MultiLayerLearner:
         """One update of the optimiser on raw rows, after ``done`` updates."""
         batch = {site: self.mesh.rows(batch[site]) for site in self.sites}
         x = self._inputs(batch)
-        y = [batch[site].float() / m.scale for site, m in zip(self.config.writes, self.write, strict=True)]
+        y = self._targets(batch)
         rate = self._rate_factor(done)
         self.adam.begin()
 
@@ -226,30 +237,55 @@ class MultiLayerLearner:
         given = zip(self.config.reads, self.read, strict=True)
         return [(rows[site].float() - m.mean.to(rows[site].device)) / m.scale for site, m in given]
 
+    def _targets(self, rows: Rows, first: int | None = None) -> list[Tensor]:
+        given = zip(self.config.writes, self.write, strict=True)
+        return [rows[site][:first].float() / m.scale for site, m in given]
+
     def _place(self, table: Tensor) -> Tensor:
         """Where a decoder is kept."""
         table = self.mesh.own(table)
         return table.cpu() if self.config.offload else table.to(self.device)
 
     def _from_scratch(self) -> dict[str, Tensor]:
-        """Encoders of random unit rows; a crosscoder's decoders begin as the encoders, others as other random rows."""
+        """Encoders of random unit rows, and decoders that are the same or, in another space, other such rows."""
         config = self.config
         d_in, d_out = len(self.read[0].mean), len(self.write[0].mean)
         weights: dict[str, Tensor] = {}
         for layer in range(self.n):
             rows = _unit_rows(config.d_sae, d_in, config.seed * 1000 + layer)
-            same = config.kind in ("sae", "crosscoder")
             weights[f"W_enc.{layer}"] = self.mesh.own(rows).to(self.device)
             weights[f"b_enc.{layer}"] = torch.zeros(self.width, device=self.device)
             for target in [layer] if config.tied else range(layer, self.n):
                 seed = config.seed * 1000 + 100 * (layer + 1) + target + 1
-                table = rows if same else _unit_rows(config.d_sae, d_out, seed)
+                table = rows if config.reconstructs else _unit_rows(config.d_sae, d_out, seed)
                 name = f"W_dec.{layer}" if config.tied else f"W_dec.{layer}.{target}"
                 weights[name] = self._place(table / (self.n - layer) ** 0.5)
             weights[f"b_dec.{layer}"] = self.write[layer].mean.to(self.device) / self.write[layer].scale
             if config.has_skip:
                 weights[f"W_skip.{layer}"] = torch.zeros(d_in, d_out, device=self.device)
         return weights
+
+    @torch.no_grad()
+    def _first_decoders(self, x: list[Tensor], y: list[Tensor]) -> None:
+        """What each latent writes: the sum of y - E[y] times its activations, were it active on its share of the rows.
+
+        A latent whose sum is 0 keeps its random row.
+        """
+        count = max(1, round(len(x[0]) * self.first_l0 / (self.n * self.config.d_sae)))
+        y = [rows - rows.mean(0) for rows in y]
+        for layer in range(self.n):
+            encoder = self.weights[f"W_enc.{layer}"]
+            for first in range(0, self.width, 1024):
+                part = slice(first, first + 1024)
+                pre = x[layer] @ encoder[part].T
+                acts = torch.where(pre >= pre.topk(count, dim=0)[0][-1], pre, 0).clamp_(min=0)
+                found = {target: acts.T @ y[target] for target in range(layer, self.n)}
+                if self.config.tied:
+                    found = {layer: torch.stack(list(found.values())).sum(0)}
+                some = torch.stack([rows.norm(dim=1) for rows in found.values()]).amin(0)[:, None] > 0
+                for table, rows in zip(self._tables(layer), found.values(), strict=True):
+                    table[part] = torch.where(some, rows, table[part].to(rows)).to(table.device)
+        self._rescale()
 
     def _from(self, start: Dictionary) -> dict[str, Tensor]:
         """The weights of a dictionary for raw activations, scaled and centred, decoder rows of norm 1."""

@@ -1,6 +1,7 @@
 """Everything measured of several dictionaries in one pass, and its way to disk and back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ from gemscope.core.files import write_json
 from gemscope.core.sites import Site
 from gemscope.dictionaries.activation import Activation
 from gemscope.dictionaries.sae import SAE
+from gemscope.evaluation import first_letter
 from gemscope.evaluation.compare import compare
 from gemscope.evaluation.concepts import ConceptLabels
 from gemscope.evaluation.evaluate import EvaluateConfig, evaluate
+from gemscope.evaluation.first_letter import FirstLetters
 from gemscope.evaluation.page import page, write
+from gemscope.evaluation.probes import Absorption, Probed
 from gemscope.evaluation.result import Evaluation
-from gemscope.evaluation.saebench import core, problems
+from gemscope.evaluation.saebench import absorption, core, export, problems, sparse_probing
 from gemscope.evaluation.subject import Subject
 from gemscope.evaluation.tasks import rule_labels
 from unit.dictionaries.zoo import random_dictionary
@@ -296,6 +300,57 @@ def test_the_export_passes_saebench_s_schema_and_holds_the_right_values(full, tm
     broken = core(full[0])
     del broken["eval_result_metrics"]["sparsity"]["l0"]
     assert problems(broken, "core") == ["sparsity.l0 is None"]
+
+
+def test_sparse_probing_is_exported_with_balanced_accuracies_under_saebench_s_keys(full, tmp_path):
+    files = [path for path in export(tmp_path, full) if path.parent.name == "sparse_probing"]
+    assert len(files) == 2
+    for path, one in zip(files, full, strict=True):
+        value = json.loads(path.read_text())
+        assert problems(value, "sparse_probing") == []
+        metrics = value["eval_result_metrics"]
+        scores = [
+            [label.score(*m).accuracy for label in one.probes.concepts] for m in (("dense", None), ("latents", 2))
+        ]
+        assert metrics["llm"]["llm_test_accuracy"] == pytest.approx(sum(scores[0]) / len(scores[0]))
+        assert metrics["sae"]["sae_top_2_test_accuracy"] == pytest.approx(sum(scores[1]) / len(scores[1]))
+        assert all(0.3 <= v <= 1 for kind in metrics.values() for v in kind.values())
+        details = {line["dataset_name"]: line for line in value["eval_result_details"]}
+        assert details["city"]["llm_top_1_test_accuracy"] == one.probes.concepts[0].score("neurons", 1).accuracy
+    broken = sparse_probing(full[0])
+    del broken["eval_result_metrics"]["sae"]["sae_test_accuracy"]
+    assert problems(broken, "sparse_probing") == ["sae.sae_test_accuracy is None"]
+    assert sparse_probing(replace(full[0], probes=None)) is None
+
+
+def test_first_letters_are_exported_as_saebench_s_absorption(full, tmp_path):
+    def letter(name: str, whole: float, part: float, tokens: int, splits: int) -> Probed:
+        return Probed(name, 50, (), 0, splits, None, Absorption(whole, part, tokens))
+
+    found = FirstLetters("one", 500, (letter("a", 0.25, 0.3, 40, 1), letter("b", 0.75, 0.5, 20, 3)), ("c",))
+    one = replace(full[0], first_letters=found)
+    (path,) = [path for path in export(tmp_path, [one]) if path.parent.name == "absorption"]
+    value = json.loads(path.read_text())
+    assert problems(value, "absorption") == []
+    mean = value["eval_result_metrics"]["mean"]
+    assert (mean["mean_full_absorption_score"], mean["mean_absorption_fraction_score"]) == (0.5, pytest.approx(0.4))
+    assert mean["mean_num_split_features"] == 2.0
+    assert mean["std_dev_full_absorption_score"] == pytest.approx(0.125**0.5)
+    assert [line["num_full_absorption"] for line in value["eval_result_details"]] == [10, 15]
+    assert "c" in value["eval_config"]["method"]
+    assert absorption(full[0]) is absorption(replace(one, first_letters=replace(found, letters=()))) is None
+    one.save(tmp_path / "one.json")
+    assert Evaluation.load(tmp_path / "one.json") == one
+    assert "a b" in page([one])
+
+
+def test_first_letters_are_measured_when_asked_for(model, items, monkeypatch):
+    words = ["".join("abcd"[(i >> 2 * p) % 4] for p in range(4)) for i in range(220)]
+    monkeypatch.setattr(first_letter, "words_of", lambda *_: words)
+    monkeypatch.setattr(first_letter, "SHOWN", 1)
+    asked = EvaluateConfig(controls=False, probes=False, first_letters=True)
+    assert measured(model, items, config=asked).first_letters.words == 220
+    assert measured(model, items).first_letters is None
 
 
 def test_a_comparison_is_paired_and_a_dictionary_is_no_better_than_itself(full):

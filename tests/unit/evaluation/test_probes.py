@@ -10,8 +10,10 @@ from gemscope.evaluation.bootstrap import central, draws, interval, ratios
 from gemscope.evaluation.concepts import ActiveEntries
 from gemscope.evaluation.features import Dense, Sparse, strongest
 from gemscope.evaluation.probes import (
+    accuracy_at,
     auroc,
     auroc_intervals,
+    best_balance,
     best_threshold,
     dense_logistic,
     f1_at,
@@ -19,6 +21,7 @@ from gemscope.evaluation.probes import (
     logistic,
     token_statistics,
 )
+from gemscope.evaluation.study import _shuffled, _Table  # pyright: ignore[reportPrivateUsage]
 
 
 def rows(n: int = 200, width: int = 5, seed: int = 0):
@@ -71,6 +74,20 @@ def test_the_threshold_has_the_best_f1_of_all_and_f1_is_its_formula():
         assert f1_at(score, y, cut) == pytest.approx(f1(cut), abs=1e-12)
 
 
+def test_the_level_has_the_best_balanced_accuracy_which_is_that_on_as_many_of_each():
+    x, y = rows()
+    for score in (x[:, 0], x[:, 3].round()):
+        level = best_balance(score, y)
+
+        def balanced(at, score=score):
+            right = (score >= at) == y
+            copies = torch.cat([right[y].repeat(int((~y).sum())), right[~y].repeat(int(y.sum()))])
+            return float(copies.double().mean())
+
+        assert balanced(level) == pytest.approx(max(balanced(at) for at in score.tolist()), abs=1e-12)
+        assert accuracy_at(score, y, level) == pytest.approx(balanced(level), abs=1e-12)
+
+
 def test_the_interval_of_an_f1_is_that_of_drawn_documents():
     x, y = rows(300)
     score, documents, cut = x[:, 0], torch.arange(300) // 6, 10.01
@@ -102,6 +119,31 @@ def test_the_dense_probe_is_the_same_regression_on_all_columns():
     marks = torch.stack([y, z[:, 3] > 0.5], 1)
     wanted = logistic(torch.stack([z, z]), marks)
     assert torch.allclose(dense_logistic(z, marks).T, wanted, atol=2e-5)
+
+
+def test_a_sparse_matrix_has_the_probe_of_its_dense_form():
+    x, y = rows()
+    z = ((x - x.mean(0)) / x.std(0)).relu()
+    marks = torch.stack([y, z[:, 3] > 0.5], 1)
+    assert torch.allclose(dense_logistic(z.to_sparse(), marks), dense_logistic(z, marks), atol=1e-9)
+
+
+def test_shuffled_labels_keep_their_number_and_runs_and_lose_their_places():
+    """Documents of one pattern: the fourth and fifth tokens of seven, the first of five."""
+    lengths = [7] * 60 + [5] * 60
+    documents = torch.repeat_interleave(torch.arange(120), torch.tensor(lengths))
+    place = torch.cat([torch.arange(n) for n in lengths])
+    long = documents < 60
+    y = torch.stack([long & ((place == 3) | (place == 4)), ~long & (place == 0)], 1)
+    train = documents % 2 == 0
+    table = _Table(torch.arange(len(y)), y, ("a", "b"), train, documents, 120, torch.zeros(len(y), 2).long(), 0)
+    moved = _shuffled(table)
+    for side in (train, ~train):
+        assert moved[side].sum(0).tolist() == y[side].sum(0).tolist()
+        marks = moved[side][:, 0].int()
+        assert int((marks[1:] > marks[:-1]).sum()) == 30
+    hits = [float((moved[:, 0] & long & (place == p)).sum()) for p in range(7)]
+    assert max(hits) < 0.4 * sum(hits)
 
 
 def test_separable_labels_do_not_break_a_probe():

@@ -205,6 +205,23 @@ def test_one_layer_is_an_sae_or_a_transcoder() -> None:
         torch.testing.assert_close(again.finished(data)[0](data[READS[1]]), recon, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_decoders_begin_as_the_targets_that_go_with_the_first_activations(tied: bool) -> None:
+    data = rows()
+    learner = MultiLayerLearner(config(tied=tied), data)
+    x, y = learner._inputs(data), learner._targets(data)
+    count = round(len(x[0]) * learner.first_l0 / (N * F))
+    for layer in range(N):
+        for latent in (0, F - 1):
+            pre = x[layer] @ learner.weights[f"W_enc.{layer}"][latent]
+            strongest = pre.argsort(descending=True)[:count]
+            sums = [pre[strongest] @ (y[m][strongest] - y[m].mean(0)) for m in range(layer, N)]
+            wanted = torch.stack([torch.stack(sums).sum(0)] * (N - layer)) if tied else torch.stack(sums)
+            names = [f"W_dec.{layer}" if tied else f"W_dec.{layer}.{m}" for m in range(layer, N)]
+            found = torch.stack([learner.weights[name][latent] for name in names])
+            torch.testing.assert_close(found, wanted / wanted.norm(), rtol=1e-4, atol=1e-5)
+
+
 def test_frozen_weights_stay() -> None:
     data = rows()
     learner = MultiLayerLearner(config(frozen=("W_dec", "b_dec")), data)
