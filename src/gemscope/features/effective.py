@@ -23,7 +23,7 @@ from gemscope.models.gemma import Gemma
 from gemscope.models.interventions import Intervention
 from gemscope.models.tokens import Batch
 
-STRENGTH = 6.0
+STRENGTH = 8.0
 """In units of a feature's largest activation."""
 _PROMISED = 2.0
 _BLOCK = 1 << 25
@@ -119,7 +119,7 @@ def best_to_steer(
     tokens: Sequence[int],
     prompts: Sequence[str],
     *,
-    count: int = 24,
+    count: int = 12,
     strength: float = STRENGTH,
 ) -> list[Raised]:
     """Features that raise the chance of ``tokens`` most when added, the best first, of the ``count`` that promise most.
