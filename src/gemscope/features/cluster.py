@@ -13,7 +13,6 @@ from gemscope.activations import locks
 from gemscope.activations.cluster import RayConfig, spread
 from gemscope.activations.harvesting import Slice
 from gemscope.artifacts.config import Loaded
-from gemscope.core.device import choose_device
 from gemscope.core.errors import InputError
 from gemscope.features.blocks import Rows
 from gemscope.features.config import IndexConfig
@@ -36,9 +35,9 @@ class CountWorker:
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        device = choose_device()
-        for loaded in dictionaries.values():
-            loaded.dictionary.to(device)
+        if torch.cuda.is_available():  # Ray shows a worker its own GPU only
+            for loaded in dictionaries.values():
+                loaded.dictionary.to("cuda")
         self._folder = Path(folder)
         self._counter = Counter(self._folder, rows, dictionaries, config, Slice(number, shares))
 
