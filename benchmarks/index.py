@@ -5,7 +5,6 @@ alone; peak memory within the stated bound (a bucket, 14 KB a latent, 600 MB); u
 tokens; seconds a latent that do not grow with the number of latents. Every number is of one run, on made-up rows.
 """
 
-import resource
 import shutil
 import tempfile
 import time
@@ -84,9 +83,14 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def peak() -> int:
-    """Most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def forget_peak() -> None:
+    """Count the peak of this process's memory anew from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(field: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most since the peak was forgotten."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
 def size(folder: Path, *, tokens: bool) -> int:
@@ -101,7 +105,8 @@ def passes(folder: Path, store: Store, latents: int, as_json: bool) -> None:
     rows, unit = StoreRows(store), store.shards[0].rows
     on = f"{latents} latents, L0 {L0}, {{}} tokens, width {WIDTH}, bf16, CPU seconds; {machine()}"
     alone = seconds(lambda: read_and_encode(store, loaded)) / unit
-    before, started = peak(), time.process_time()
+    forget_peak()
+    before, started = memory("VmRSS"), time.process_time()
 
     def progress(done: int, total: int) -> None:
         if done % unit == 0 and done < total:
@@ -113,7 +118,7 @@ def passes(folder: Path, store: Store, latents: int, as_json: bool) -> None:
 
     counting = seconds(lambda: count_units(out, rows, {"made_up": loaded}, config, progress=progress))
     ratio(store.rows, counting)
-    most, over = peak(), 1e6 * (counting - alone * store.rows) / latents
+    most, over = memory("VmHWM"), 1e6 * (counting - alone * store.rows) / latents
     finishing = seconds(lambda: index(out, rows, {"made_up": loaded}, config))
     bound = 2 * WIDTH * unit + 14e3 * latents + 600e6
     on = on.format(store.rows)

@@ -1,11 +1,11 @@
-"""A harvest as tasks of Ray (extra ``ray``), on a cluster or on this machine.
+"""Units of work as tasks of Ray (extra ``ray``), on a cluster or on this machine: a harvest's here.
 
 Ray starts the workers, gives each its GPU, and starts them again when they die. What a unit is, and that it appears
 whole or not at all, is the same as for one process; so are the bytes. All machines must see the same folder.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,13 @@ class RayConfig:
 class UnitWorker:
     """Runs in a process of its own: a loaded model that harvests the units it is told."""
 
-    def __init__(self, model: ModelSpec, source: Source, folder: str, threads: int) -> None:
+    def __init__(self, _number: int, model: ModelSpec, source: Source, folder: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self._gemma = Gemma.load(model.name, revision=model.revision, dtype=model.dtype)
         self._source, self._folder = source, Path(folder)
         self._plan = Plan.read(self._folder)
 
-    def harvest(self, unit: int) -> int:
+    def work(self, unit: int) -> int:
         """One unit, unless it is there already; gives its number."""
         if missing_units(self._folder, self._plan, Slice(unit, self._plan.units)):
             write_units(self._gemma, self._source, self._plan, self._folder, [unit])
@@ -103,22 +103,30 @@ def harvest_on_ray(
         if units:
             check_space(expected, folder)
             note_run(folder, Slice(), units)
-            _run(folder, model, source, plan, units, ray_config, progress)
+            begun = time.perf_counter()
+
+            def done(count: int) -> None:
+                if progress is not None:
+                    progress(_progress(plan, count, len(units), time.perf_counter() - begun))
+
+            spread(UnitWorker, (model, source, str(folder), torch.get_num_threads()), units, ray_config, done)
         sweep(folder)
         finish(folder, plan)
     return plan
 
 
-def _run(
-    folder: Path,
-    model: ModelSpec,
-    source: Source,
-    plan: Plan,
-    units: list[int],
+def spread(
+    worker: type[Any],
+    arguments: Sequence[Any],
+    units: Sequence[int],
     config: RayConfig,
-    progress: Report | None,
+    done: Callable[[int], None],
 ) -> None:
-    """Keep every worker busy with one unit until none is left."""
+    """Keep every worker busy with one unit until none is left; ``done`` is told how many are.
+
+    A worker is ``worker(number, *arguments)`` in a process of its own, which gets ``work(unit)``; one that dies is
+    started again with the same number, and its unit with it. Raises InputError without Ray, and what workers raise.
+    """
     ray = need("ray", "ray")
     started_here = not ray.is_initialized()
     if started_here:
@@ -126,21 +134,20 @@ def _run(
     try:
         gpus = config.gpus if config.gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
         options = {"num_cpus": config.cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": _RETRIES}
-        worker = ray.remote(UnitWorker).options(**options)
-        count = min(config.workers, len(units))
-        actors = [worker.remote(model, source, str(folder), torch.get_num_threads()) for _ in range(count)]
-        waiting, total, begun = list(reversed(units)), len(units), time.perf_counter()
-        busy = {actor.harvest.remote(waiting.pop()): actor for actor in actors}
-        done = 0
+        remote = ray.remote(worker).options(**options)
+        shared = [ray.put(one) for one in arguments]
+        actors = [remote.remote(number, *shared) for number in range(min(config.workers, len(units)))]
+        waiting = list(reversed(units))
+        busy = {actor.work.remote(waiting.pop()): actor for actor in actors}
+        count = 0
         while busy:
             (ready,), _ = ray.wait(list(busy), num_returns=1)
             actor = busy.pop(ready)
             _result(ray, ready)
-            done += 1
+            count += 1
             if waiting:
-                busy[actor.harvest.remote(waiting.pop())] = actor
-            if progress is not None:
-                progress(_progress(plan, done, total, time.perf_counter() - begun))
+                busy[actor.work.remote(waiting.pop())] = actor
+            done(count)
         for actor in actors:
             ray.kill(actor)
     finally:

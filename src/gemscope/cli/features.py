@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemscope.cli.cluster import Ray, RayCommand, Workers
 from gemscope.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ Top = Annotated[int, typer.Option("--top", "-k", help="Features to show.", min=1
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    for command in (index, find, feature, steer):
+    app.command(cls=RayCommand)(index)
+    for command in (find, feature, steer):
         app.command()(command)
 
 
@@ -45,6 +47,8 @@ def index(
     ),
     model: Model = None,
     share: Annotated[str, typer.Option("--slice", help="Of several workers, which: 0/3.")] = "0/1",
+    ray: Ray = None,
+    workers: Workers = 2,
     suite: SuiteFolder = None,
     bundle: Annotated[
         Path | None, typer.Option("--from", help="Read a bundle in Neuronpedia's layout.", show_default=False)
@@ -56,8 +60,8 @@ def index(
 ) -> None:
     """Index every latent of dictionaries over a store, in one pass; or read and write indexes of others.
 
-    With --store, run it on several machines with --slice i/n; who comes last writes the index. What was finished is
-    kept after a stop.
+    With --store, run it on several machines with --ray, or with --slice i/n; who comes last writes the index. What was
+    finished is kept after a stop.
     """
     from gemscope.cli.terminal import err
     from gemscope.cli.terminal import out as screen
@@ -69,7 +73,10 @@ def index(
         written = export_bundle(made, into)
         screen().print(f"{len(written)} files in {into}")
         return
-    made = import_bundle(bundle, out) if bundle is not None else _build(store, dictionary or [], out, model, share)
+    if bundle is not None:
+        made = import_bundle(bundle, out)
+    else:
+        made = _build(store, dictionary or [], out, model, share, None if ray is None else (ray, workers))
     if made is None:
         err().print("this slice is done; the index is written when all slices are.")
         return
@@ -82,12 +89,16 @@ def index(
         )
 
 
-def _build(store: Path | None, folders: list[Path], out: Path, model: str | None, share: str) -> "FeatureIndex | None":
+def _build(
+    store: Path | None, folders: list[Path], out: Path, model: str | None, share: str, ray: tuple[str, int] | None
+) -> "FeatureIndex | None":
     from gemscope.activations.harvesting import Slice
     from gemscope.activations.store import Store
     from gemscope.artifacts import formats
+    from gemscope.cli.cluster import ray_config
     from gemscope.cli.terminal import StageBars
     from gemscope.features.blocks import StoreRows
+    from gemscope.features.cluster import index_on_ray
     from gemscope.features.index import index as build
     from gemscope.models.gemma import Gemma
     from gemscope.suites.quickstart import StageProgress
@@ -99,15 +110,15 @@ def _build(store: Path | None, folders: list[Path], out: Path, model: str | None
     if len(found) < len(folders):
         raise InputError("two of the dictionaries have the same name; give their folders different names.")
     gemma = Gemma.load(model or str(opened.plan.config["model"]))
+    rows = StoreRows(opened)
     with StageBars() as bars:
-        return build(
-            out,
-            StoreRows(opened),
-            found,
-            gemma=gemma,
-            share=Slice.parse(share),
-            progress=lambda done, total: bars(StageProgress("index", done, total, "tokens")),
-        )
+
+        def progress(done: int, total: int) -> None:
+            bars(StageProgress("index", done, total, "tokens"))
+
+        if ray is not None:
+            return index_on_ray(out, rows, found, ray_config(*ray), gemma=gemma, progress=progress)
+        return build(out, rows, found, gemma=gemma, share=Slice.parse(share), progress=progress)
 
 
 def _name(loaded: "Loaded", folder: Path) -> str:
@@ -152,6 +163,8 @@ def find(
     concept: Annotated[str | None, typer.Option(help="Features of a known concept.")] = None,
     like: Annotated[str | None, typer.Option(help="Features that point where this one does.")] = None,
     promotes: Annotated[str | None, typer.Option(help="Features that promote this token.")] = None,
+    raises: Annotated[str | None, typer.Option(help="Features that raise this token when added; needs --on.")] = None,
+    on: Annotated[list[str] | None, typer.Option(help="A prompt to try them on; may be repeated.")] = None,
     meaning: Annotated[str | None, typer.Option(help="Labels that mean this; needs --embed.")] = None,
     embed: Annotated[str | None, typer.Option(help="Embedding model: a folder or hub id.")] = None,
     max_density: Annotated[float, typer.Option(help="Of a text, leave out denser features.")] = 1.0,
@@ -164,15 +177,17 @@ def find(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Find features: by words, text, concept, promoted token, direction or meaning."""
+    """Find features: by words, text, concept, promoted or raised token, direction or meaning."""
     from gemscope.cli import features_view as view
     from gemscope.cli.terminal import out
-    from gemscope.features import search
+    from gemscope.features import effective, search
 
     opened, made = _opened(suite, model, folder)
-    ways = [w for w in (words, text, concept, like, promotes, meaning) if w is not None]
+    ways = [w for w in (words, text, concept, like, promotes, raises, meaning) if w is not None]
     if len(ways) != 1:
-        raise InputError("say one thing to find: words, or --text, --concept, --like, --promotes or --meaning.")
+        raise InputError(
+            "say one thing to find: words, or --text, --concept, --like, --promotes, --raises or --meaning."
+        )
     if text is not None:
         _find_text(
             made, _gemma(model, made), _dictionaries(opened, dictionary), text, at, by_token, top, max_density, as_json
@@ -186,6 +201,8 @@ def find(
         hits = search.by_concept(made, concept, top)
     elif promotes is not None:
         hits = search.by_promoted(made, promotes, top)
+    elif raises is not None:
+        hits = effective.by_effect(made, _gemma(model, made), _dictionaries(opened, dictionary), raises, on or [], top)
     else:
         hits = search.like(made, _dictionaries(opened, dictionary), str(like), top)
     if as_json:

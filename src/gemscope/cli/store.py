@@ -3,18 +3,17 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
+
+from gemscope.cli.cluster import Ray, RayCommand, Workers
 
 if TYPE_CHECKING:
     from gemscope.activations.harvesting import Slice
     from gemscope.activations.plan import HarvestConfig
     from gemscope.activations.sources import Source
     from gemscope.models.gemma import Gemma
-
-_ADDRESSES = ("auto", "local")
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a store.", show_default=False)]
 Texts = Annotated[
@@ -28,22 +27,12 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-class _Harvest(TyperCommand):
-    """Lets ``--ray`` stand alone: Ray is then started on this machine."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        at = args.index("--ray") + 1 if "--ray" in args else None
-        if at is not None and (at == len(args) or not (args[at] in _ADDRESSES or ":" in args[at])):
-            args = [*args[:at], "local", *args[at:]]
-        return super().parse_args(ctx, args)
-
-
 stores = typer.Typer(help="Look after stores of activations.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.command(cls=_Harvest)(harvest)
+    app.command(cls=RayCommand)(harvest)
     app.command()(replies)
     app.add_typer(stores, name="store")
 
@@ -74,8 +63,8 @@ def harvest(
     drop_outliers: Annotated[bool, typer.Option("--drop-outliers", help="Leave outliers out.")] = False,
     seed: Annotated[int, typer.Option(help="Of the shuffle and of generated text.", min=0)] = 0,
     unit_slice: Annotated[str, typer.Option(help="Do units i, i+n, ... only: i/n.")] = "0/1",
-    ray: Annotated[str | None, typer.Option(help="Run on Ray: alone, or with an address.", metavar="[ADDRESS]")] = None,
-    workers: Annotated[int, typer.Option(help="Ray's workers.", min=1)] = 2,
+    ray: Ray = None,
+    workers: Workers = 2,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
 ) -> None:
     """Store activations of text: shuffled shards of every site, for training.
@@ -160,8 +149,9 @@ def _run(
     workers: int,
 ) -> None:
     """Harvest here or on Ray, with a view of it."""
-    from gemscope.activations.cluster import ModelSpec, RayConfig, harvest_on_ray
+    from gemscope.activations.cluster import ModelSpec, harvest_on_ray
     from gemscope.activations.harvesting import harvest_to
+    from gemscope.cli.cluster import ray_config
     from gemscope.cli.harvest_view import HarvestView
 
     with HarvestView() as view:
@@ -170,7 +160,7 @@ def _run(
         else:
             name, dtype = model
             spec = ModelSpec(str(Path(name).resolve()) if Path(name).is_dir() else name, gemma.revision, dtype)
-            where = RayConfig(address=None if ray == "local" else ray, workers=workers)
+            where = ray_config(ray, workers)
             harvest_on_ray(out, spec, gemma, source, config, where, progress=view, on_estimate=view.expect)
     view.end(out)
 

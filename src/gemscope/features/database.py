@@ -12,8 +12,11 @@ from typing import Any
 from gemscope.core.errors import FormatError, InputError
 from gemscope.core.files import atomic_path
 
-RANKED = 5000
+RANKED = 400
 """Of more hits than these, only those that were added first are ranked: else a common word would take long."""
+
+_READ = 2
+"""Labels read for each one given: the score is looked at among them."""
 
 _SCHEMA = """
 CREATE TABLE dictionary (
@@ -131,27 +134,25 @@ class Database:
 
     def search(self, words: str, limit: int, source: str | None = None) -> list[Label]:
         """Labels with all the words, best first: fewest other words, then the highest score (BM25 where at most
-        ``RANKED`` labels have them).
+        ``RANKED`` labels have them); of very many equal ones, those added first.
 
         Words are stemmed; the last one may be a beginning, written ``cat*``. Raises InputError without any word.
         """
         match = question_of(words)
         hits = self._rows("SELECT rowid FROM words WHERE words MATCH ? LIMIT ?", match, RANKED + 1)
-        columns = "label.feature, label.text, label.source, label.score, label.about"
-        of = "" if source is None else "AND label.source = ?"
-        given = [] if source is None else [source]
         if len(hits) <= RANKED:
-            question = (
-                f"SELECT {columns} FROM words JOIN label ON label.id = words.rowid WHERE words MATCH ? {of}"
-                " ORDER BY words.rank, label.score DESC, label.id LIMIT ?"
-            )
-            return [_label(row) for row in self._rows(question, match, *given, limit)]
+            ranked, given = "SELECT rowid AS id, rank AS place FROM words WHERE words MATCH ?", [match]
+        else:  # the ranks would count every hit; the words' index knows how long each text is
+            some = "SELECT rowid FROM words WHERE words MATCH ? LIMIT ?"
+            ranked, given = f"SELECT id, sz AS place FROM words_docsize WHERE id IN ({some})", [match, RANKED]
+        few = RANKED if source is not None else _READ * limit  # of these the labels themselves are read
         question = (
-            f"SELECT {columns} FROM (SELECT rowid FROM words WHERE words MATCH ? LIMIT ?) AS hit"
-            f" JOIN label ON label.id = hit.rowid WHERE 1 {of} ORDER BY length(label.text), label.score DESC, label.id"
-            " LIMIT ?"
+            "SELECT label.feature, label.text, label.source, label.score, label.about"
+            f" FROM ({ranked} ORDER BY place, id LIMIT ?) AS hit JOIN label ON label.id = hit.id"
+            f" {'' if source is None else 'WHERE label.source = ?'}"
+            " ORDER BY hit.place, label.score DESC, label.id LIMIT ?"
         )
-        return [_label(row) for row in self._rows(question, match, RANKED, *given, limit)]
+        return [_label(row) for row in self._rows(question, *given, few, *([source] if source else []), limit)]
 
 
 @contextmanager

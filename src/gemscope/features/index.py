@@ -1,6 +1,7 @@
 """An index of features: made in one pass over rows, opened in an instant, read latent by latent."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -151,6 +152,13 @@ class _Span:
 
 _CHARACTER = 8
 """Tokens that a character may be split into, at most, and some more."""
+_PARTS = ("latents", "bins", "examples", "near")
+_HEAD = 1 << 12
+"""Bytes that hold the header of an array."""
+_CONTEXTS_HEAD = 1 << 18
+"""Bytes that hold where contexts begin, unless there are very many."""
+_SQLITE_HEAD = 1 << 19
+"""Bytes of the database in which the list of dictionaries and the first pieces lie."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +181,9 @@ class FeatureIndex:
     def open(cls, folder: Path | str) -> "FeatureIndex":
         """Read ``index.json``; raises FormatError when there is no finished index."""
         folder = Path(folder)
+        layout.prefetch_heads([folder / "index.json", folder / "index.sqlite"], _SQLITE_HEAD)
+        layout.prefetch_heads((folder / f"{name}.npy" for name in ("starts", "docs")), _CONTEXTS_HEAD)
+        layout.prefetch_heads((folder / f"{name}.npy" for name in ("tokens", "special")), _HEAD)
         if not (folder / "index.json").is_file():
             raise FormatError(f"there is no finished index in {folder}; make it with: gemscope index --out {folder}")
         about = read_json(folder / "index.json")
@@ -247,10 +258,9 @@ class FeatureIndex:
         """The arrays of a dictionary; ``records`` has one record a latent (docs/formats.md)."""
         if name not in self._open:
             folder = self.folder / "dictionaries" / name
-            outputs = folder / "outputs.npy"
-            records, bins, examples, near = (
-                layout.load(folder / f"{part}.npy") for part in ("latents", "bins", "examples", "near")
-            )
+            outputs, parts = folder / "outputs.npy", [folder / f"{part}.npy" for part in _PARTS]
+            layout.prefetch_heads([*parts, outputs], _HEAD)
+            records, bins, examples, near = map(layout.load, parts)
             more = layout.load(outputs) if outputs.is_file() else None
             self._open[name] = Latents(records, bins, examples, near, more)
         return self._open[name]
@@ -266,8 +276,15 @@ class FeatureIndex:
         context). Raises InputError for a latent that does not exist.
         """
         found = self.find_id(feature)
+        with ThreadPoolExecutor(1) as beside:  # what is not in memory yet is read from the disk at the same time
+            labels = beside.submit(self.database.labels, self.number(found))
+            return self._page(found, before, after, labels)
+
+    def _page(self, found: FeatureId, before: int | None, after: int | None, labels: Future[list[Label]]) -> Feature:
         parts = self.latents(found.dictionary)
+        layout.prefetch(parts.records, np.array([found.latent]), 2)
         record = parts.records[found.latent]
+        self._expect(parts, record, found.latent)
         raw = list(self._raw_examples(parts, record))
         spans = self._spans([token for token, *_ in raw], before, after)
         spelled = self._spellings(record, parts, found.latent, spans)
@@ -276,7 +293,7 @@ class FeatureIndex:
         groups = [examples[a:b] for a, b in pairwise(cuts[1:])]
         return Feature(
             id=str(found),
-            labels=tuple(self.database.labels(self.number(found))),
+            labels=tuple(labels.result()),
             count=int(record["count"]),
             density=float(record["density"]),
             peak=float(record["peak"]),
@@ -307,6 +324,17 @@ class FeatureIndex:
             groups=tuple(map(tuple, groups)),
         )
 
+    def _expect(self, parts: Latents, record: Any, latent: int) -> None:
+        """Ask for all that the record refers to."""
+        examples = int(record["n_top"]) + int(record["n_group"].sum())
+        after = int(parts.records["near"][latent + 1]) if latent + 1 < len(parts.records) else len(parts.near)
+        for array, field, count in (
+            (parts.examples, "examples", examples),
+            (parts.near, "near", after - int(record["near"])),
+            (parts.bins, "bins", int(record["n_bins"])),
+        ):
+            layout.prefetch(array, record[field].reshape(1).astype(np.int64), count)
+
     def _histogram(self, parts: Latents, record: Any) -> tuple[tuple[float, int], ...]:
         start = int(record["bins"])
         bins = parts.bins[start : start + int(record["n_bins"])]
@@ -330,7 +358,9 @@ class FeatureIndex:
     def _spans(self, tokens: Sequence[int], before: int | None, after: int | None) -> list["_Span"]:
         """What of their contexts is shown around some tokens, and read: a few more, so that no character is cut."""
         around = _CHARACTER + (before or 0)
-        layout.prefetch(self.tokens, np.maximum(np.array(tokens, np.int64) - around, 0), 2 * around)
+        starts = np.maximum(np.array(tokens, np.int64) - around, 0)
+        layout.prefetch(self.tokens, starts, 2 * around)
+        layout.prefetch(self._special, starts // 8, around // 4 + 2)
         found: list[_Span] = []
         for token in tokens:
             first, last, doc = self.context(token)

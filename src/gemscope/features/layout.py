@@ -1,6 +1,8 @@
 """The files of an index, and how to read and write them; docs/formats.md describes them."""
 
 import mmap
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,21 @@ def prefetch(array: Array, starts: Array, count: int) -> None:
     for start in starts.tolist():
         low = (head + start * size) // mmap.PAGESIZE * mmap.PAGESIZE
         mapped.madvise(mmap.MADV_WILLNEED, low, max(1, min(head + (start + count) * size, len(mapped)) - low))
+
+
+def prefetch_heads(paths: Iterable[Path], size: int) -> None:
+    """Ask for the first ``size`` bytes of some files, so that one wait is for all of them; those missing are left."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in paths:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            os.posix_fadvise(handle, 0, size, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
 
 
 def bfloat16(bits: Array) -> Array:

@@ -15,7 +15,7 @@ from gemscope.core.arrays import Float, Tensor
 from gemscope.core.errors import InputError, ModelNotFoundError
 from gemscope.core.files import read_tensors, write_tensors
 from gemscope.features.index import FeatureIndex
-from gemscope.features.search import Hit, hit_of
+from gemscope.features.search import Hit, hits_of
 
 _BATCH = 64
 
@@ -95,4 +95,4 @@ def by_meaning(index: FeatureIndex, embedder: Embedder, question: str, top: int 
         best.setdefault(int(stored["features"][place]), float(scores[place]))
         if len(best) == top:
             break
-    return [hit_of(index, number, score) for number, score in best.items()]
+    return hits_of(index, list(best.items()))

@@ -85,15 +85,16 @@ def count_units(
         raise InputError(f"nothing to index: {len(dictionaries)} dictionaries, {rows.units} units of rows.")
     share = share or Slice()
     with locks.writing(folder, share.index, share.count):
-        _check_plan(folder, plan_of(rows, dictionaries, config))
+        check_plan(folder, plan_of(rows, dictionaries, config))
         done = counted_units(folder)
         missing = [unit for unit in share.of(rows.units) if unit not in done]
         if missing:
-            _count(folder, rows, dictionaries, config, missing, share, progress)
+            _count(Counter(folder, rows, dictionaries, config, share), missing, rows, progress)
     return len(counted_units(folder)) == rows.units
 
 
-def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+def check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Note the plan of a pass in its folder; raises InputError where another one is noted or something else lies."""
     path = folder / "plan.json"
     if path.is_file():
         there = read_json(path)
@@ -107,6 +108,22 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         if there and "plan.json" not in there:  # another slice may have written it just now
             raise InputError(f"{folder} is not empty and holds no index; choose another folder with --out.")
         write_json(path, plan)
+
+
+def _count(counter: "Counter", missing: Sequence[int], rows: Rows, progress: Progress | None) -> None:
+    total = rows.rows * len(missing) // rows.units
+    done = 0
+
+    def seen(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None and done < total:
+            progress(done, total)
+
+    for unit in missing:
+        counter.count(unit, seen)
+    if progress is not None:
+        progress(done, done)
 
 
 def states_of(folder: Path) -> list[Path]:
@@ -123,37 +140,32 @@ def counted_units(folder: Path) -> set[int]:
     return found
 
 
-def _count(
-    folder: Path,
-    rows: Rows,
-    dictionaries: Mapping[str, Loaded],
-    config: IndexConfig,
-    missing: Sequence[int],
-    share: Slice,
-    progress: Progress | None,
-) -> None:
-    """Count units and keep the sum after each of them."""
-    path = folder / "counted" / f"{share.index}-of-{share.count}.safetensors"
-    part = read_part(path, dictionaries, config, rows) if path.is_file() else empty_part(dictionaries, config, rows)
-    sites = sites_of(dictionaries)
-    total = rows.rows * len(missing) // rows.units
-    done = 0
-    for number, unit in enumerate(missing, 1):
+class Counter:
+    """Counts units of one slice one by one, and keeps the sum after each of them."""
+
+    def __init__(
+        self, folder: Path, rows: Rows, dictionaries: Mapping[str, Loaded], config: IndexConfig, share: Slice
+    ) -> None:
+        self._folder, self._rows, self._dictionaries = folder, rows, dictionaries
+        self._path = folder / "counted" / f"{share.index}-of-{share.count}.safetensors"
+        of = (dictionaries, config, rows)
+        self._part = read_part(self._path, *of) if self._path.is_file() else empty_part(*of)
+        self._sites = sites_of(dictionaries)
+
+    def count(self, unit: int, seen: Callable[[int], None] | None = None) -> None:
+        """Count one; ``seen`` is told the content tokens of each chunk."""
         wheres: list[Where] = []
-        for block in rows.blocks(unit, sites):
+        for block in self._rows.blocks(unit, self._sites):
             for start, stop in block.chunks(CHUNK_ROWS):
-                for name, loaded in dictionaries.items():
+                for name, loaded in self._dictionaries.items():
                     support, values = encode(loaded, block, start, stop)
-                    part.tallies[name].update(support, values, block.where[start:stop])
-                done += int((~block.where.special[start:stop]).sum())
-                if progress is not None and done < total:
-                    progress(done, total)
+                    self._part.tallies[name].update(support, values, block.where[start:stop])
+                if seen is not None:
+                    seen(int((~block.where.special[start:stop]).sum()))
             wheres.append(block.where)
-        part = _counted(part, unit, wheres)
-        _write_context(folder, unit, wheres)
-        _write_part(path, part)
-        if progress is not None and number == len(missing):
-            progress(done, done)
+        self._part = _counted(self._part, unit, wheres)
+        _write_context(self._folder, unit, wheres)
+        _write_part(self._path, self._part)
 
 
 @torch.no_grad()

@@ -10,12 +10,16 @@ import torch
 from gemscope.artifacts.config import Loaded
 from gemscope.core.arrays import Float, Int, Tensor
 from gemscope.core.errors import InputError
+from gemscope.features import layout
 from gemscope.features.effects import directions
 from gemscope.features.histogram import BINS, bin_of
 from gemscope.features.index import FeatureIndex
 from gemscope.features.passing import sites_of
 from gemscope.models.gemma import Gemma
 from gemscope.models.tokens import Tokens
+
+HERE = 0.25
+"""How often a chosen token is compared with another one of its text, and not with one of the index."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def by_words(index: FeatureIndex, words: str, top: int = 20, *, source: str | No
     labels = index.database.search(words, 3 * top, source)
     for rank, label in enumerate(labels):
         found.setdefault(label.feature, 1 - rank / len(labels))
-    return [hit_of(index, number, score) for number, score in list(found.items())[:top]]
+    return hits_of(index, list(found.items())[:top])
 
 
 def by_concept(index: FeatureIndex, concept: str, top: int = 20) -> list[Hit]:
@@ -71,7 +75,7 @@ def by_concept(index: FeatureIndex, concept: str, top: int = 20) -> list[Hit]:
             f"no feature is labelled with the concept {concept!r}; "
             + (f"there are {', '.join(known)}." if known else "this index has no concept labels: search by words.")
         )
-    return [hit_of(index, one.feature, one.score or 0.0) for one in labels[:top]]
+    return hits_of(index, [(one.feature, one.score or 0.0) for one in labels[:top]])
 
 
 @torch.no_grad()
@@ -88,12 +92,16 @@ def by_text(
     """Features of all dictionaries that a text activates, the most telling first.
 
     Activations are compared with those on all tokens of the index, by the latent's histogram. With tokens ``at``, the
-    score is the chance that the latent is more active on one of them than on a random token, ties counting half: the
-    AUROC of "is one of these", 0.5 for what tells nothing. Without, it is the mean over content tokens of -log of the
-    share of all tokens with such an activation or more, in nats. Raises InputError for a position outside the text.
+    score is the chance that the latent is more active on one of them than on another token, ties counting half: the
+    AUROC of "is one of these", 0.5 for what tells nothing. The other token is drawn from the index, and one time in
+    ``1 / HERE`` from the text's other content: that tells what these tokens have in common from what the text is like.
+    Without ``at``, the score is the mean over content tokens of -log of the share of all tokens with such an activation
+    or more, in nats. Raises InputError for a position outside the text.
     """
     tokens = gemma.tokens(text) if isinstance(text, str) else text
     chosen = _positions(tokens, at)
+    others = tokens.content_mask.clone()
+    others[chosen] = False
     captured = gemma.capture(tokens, sites_of(dictionaries))
     found: list[tuple[float, str, int, Tensor]] = []
     for name, loaded in dictionaries.items():
@@ -103,12 +111,12 @@ def by_text(
         x = reads[0] if loaded.dictionary.n_positions == 1 else torch.stack(reads, dim=1)
         acts = loaded.dictionary.encode(x.to(next(loaded.dictionary.parameters()).device)).flatten(1).cpu()
         latents = ((acts[chosen] > 0).any(0) & (_density(index, name) <= max_density)).nonzero()[:, 0]
-        above = _share_above(index, name, latents, acts[chosen][:, latents])
-        score = (
-            (1 - above).mean(0)
-            if at is not None
-            else (-above.log()).masked_fill(acts[chosen][:, latents] <= 0, 0).mean(0)
-        )
+        mine = acts[chosen][:, latents]
+        above = _share_above(index, name, latents, mine)
+        if at is None:
+            score = (-above.log()).masked_fill(mine <= 0, 0).mean(0)
+        else:
+            score = (1 - _mixed(above, _share_above_here(mine, acts[others][:, latents]))).mean(0)
         best = score.topk(min(top, len(score)))
         for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             found.append((value, name, int(latents[place]), acts[:, latents[place]]))
@@ -157,6 +165,23 @@ def _share_above(
     return table.gather(1, place.T).T
 
 
+def _share_above_here(
+    acts: Float[Tensor, "pos chosen"], others: Float[Tensor, "others chosen"]
+) -> Float[Tensor, "pos chosen"] | None:
+    """The share of the text's other tokens on which a latent is more active, equal ones counting half."""
+    if not len(others):
+        return None
+    values, ordered = acts.T.contiguous(), others.T.contiguous().sort(dim=1).values
+    below = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
+    return 1 - below.T / (2 * len(others))
+
+
+def _mixed(
+    everywhere: Float[Tensor, "pos chosen"], here: Float[Tensor, "pos chosen"] | None
+) -> Float[Tensor, "pos chosen"]:
+    return everywhere if here is None else (1 - HERE) * everywhere + HERE * here
+
+
 def tokens_to_features(
     index: FeatureIndex,
     gemma: Gemma,
@@ -196,7 +221,8 @@ def by_direction(
         found += [(v, index.firsts[name] + i) for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
     if not found:
         raise InputError(f"no dictionary of the index writes vectors of width {len(wanted)}.")
-    return [hit_of(index, number, score) for score, number in sorted(found, key=lambda one: (-one[0], one[1]))[:top]]
+    best = sorted(found, key=lambda one: (-one[0], one[1]))[:top]
+    return hits_of(index, [(number, score) for score, number in best])
 
 
 def like(index: FeatureIndex, dictionaries: Mapping[str, Loaded], feature: str, top: int = 20) -> list[Hit]:
@@ -212,10 +238,7 @@ def by_promoted(index: FeatureIndex, token: str, top: int = 20) -> list[Hit]:
 
     Raises InputError when no token is spelled so.
     """
-    word = token.strip()
-    ids = index.database.ids_of([word, f"▁{word}", f" {word}"])
-    if not ids:
-        raise InputError(f"{token!r} is no single token of this model's vocabulary that the index knows; give another.")
+    ids = spelled(index, token)
     found: list[tuple[float, int]] = []
     for name in index.names:
         records = index.latents(name).records
@@ -225,7 +248,26 @@ def by_promoted(index: FeatureIndex, token: str, top: int = 20) -> list[Hit]:
     best: dict[int, float] = {}
     for score, number in sorted(found, key=lambda one: (-one[0], one[1])):
         best.setdefault(number, score)
-    return [hit_of(index, number, score) for number, score in list(best.items())[:top]]
+    return hits_of(index, list(best.items())[:top])
+
+
+def spelled(index: FeatureIndex, token: str) -> list[int]:
+    """Tokens that spell this, with a space in front or not; raises InputError when there is none."""
+    word = token.strip()
+    ids = index.database.ids_of([word, f"▁{word}", f" {word}"])
+    if not ids:
+        raise InputError(f"{token!r} is no single token of this model's vocabulary that the index knows; give another.")
+    return ids
+
+
+def hits_of(index: FeatureIndex, scores: Sequence[tuple[int, float]]) -> list[Hit]:
+    """The hits for latents by their numbers over all dictionaries, whose records are read from the disk at once."""
+    for name in index.names:
+        first = index.firsts[name]
+        mine = [number - first for number, _ in scores if 0 <= number - first < index.sizes[name]]
+        if mine:
+            layout.prefetch(index.latents(name).records, np.array(mine), 1)
+    return [hit_of(index, number, score) for number, score in scores]
 
 
 def hit_of(index: FeatureIndex, number: int, score: float, values: Sequence[float] = ()) -> Hit:

@@ -120,13 +120,26 @@ def test_a_text_gives_the_features_that_it_activates(made):
         levels = [brute.bin_number(float(v)) if v > 0 else -1 for v in known[:, latent]]
         return sum(other > level for other in levels) / len(levels) + sum(x == level for x in levels) / len(levels) / 2
 
-    scores = {i: np.mean([1 - share_above(float(a), i) for a in acts[2:, i]]) for i in latents}
+    def above_here(value: float, latent: int) -> float:
+        """The only other token of the text, at 1."""
+        other = float(acts[1, latent])
+        return (other > value) + (other == value) / 2
+
+    def chance(value: float, latent: int) -> float:
+        return 1 - 0.75 * share_above(value, latent) - 0.25 * above_here(value, latent)
+
+    scores = {i: np.mean([chance(float(a), i) for a in acts[2:, i]]) for i in latents}
+    every_token = {i: np.mean([1 - share_above(float(a), i) for a in acts[1:, i]]) for i in latents}
     alone = {"resid_post.1": one}
     assert len(tokens) == 4
     found = search.by_text(built, model, alone, text, top=400, at=[2, 3])
     assert {hit.id: pytest.approx(hit.score, abs=1e-6) for hit in found.hits} == {
         f"resid_post.1/{i}": score for i, score in scores.items()
     }
+    nothing_else = search.by_text(built, model, alone, text, top=400, at=[1, 2, 3])
+    for hit in nothing_else.hits:
+        latent = int(hit.id.split("/")[1])
+        assert latent not in every_token or hit.score == pytest.approx(every_token[latent], abs=1e-6)
     whole = search.by_text(built, model, alone, text, top=400)
     for hit in whole.hits:
         latent = int(hit.id.split("/")[1])
