@@ -31,14 +31,22 @@ def batches(x: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
 
 
 def own(kind: str, x: torch.Tensor, o: argparse.Namespace) -> Tensors:
-    """gemscope, with its defaults."""
+    """gemscope: defaults but for the learning rate, and for JumpReLU the share of the steps with a falling target."""
     from gemscope.core.sites import Site
     from gemscope.training.config import TrainConfig
     from gemscope.training.single import SingleLayerLearner
 
     site = Site("resid_post", 0)
     config = TrainConfig(
-        site, d_sae=o.d_sae, target_l0=o.l0, activation=kind, steps=o.steps, batch_size=BATCH, product_dtype=o.product
+        site,
+        d_sae=o.d_sae,
+        target_l0=o.l0,
+        activation=kind,
+        steps=o.steps,
+        batch_size=BATCH,
+        learning_rate=o.rate,
+        annealing=o.annealing,
+        product_dtype=o.product,
     )
     learner = SingleLayerLearner(config, {site: x[:16384]})
     for done, batch in enumerate(batches(x, o.steps)):
@@ -128,7 +136,7 @@ def main() -> None:
     parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("kind", choices=("topk", "batchtopk", "jumprelu"))
     parser.add_argument("--rows", type=Path, required=True)
-    for name, value in {"l0": 20.0, "rate": 1e-3, "weight": 1e-2}.items():
+    for name, value in {"l0": 20.0, "rate": 1e-3, "weight": 1e-2, "annealing": 0.5}.items():
         parser.add_argument(f"--{name}", type=float, default=value)
     for name, value in {"steps": 1500, "d-sae": 1024}.items():
         parser.add_argument(f"--{name}", type=int, default=value)

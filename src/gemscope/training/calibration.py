@@ -52,8 +52,8 @@ def threshold_factor(sae: SingleLayer, x: Float[Tensor, "rows d_in"], target_l0:
     return 1.0
 
 
-_ROOM = 0.95
-"""Share of the largest frequency that is allowed on the rows at hand: others differ a little."""
+_ROOM = 0.8
+"""Share of the largest frequency that is allowed on the rows at hand: other documents differ."""
 
 
 @torch.no_grad()

@@ -113,11 +113,12 @@ def _large() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_l0_that_was_asked_for_with_no_dense_and_no_dead_latents(target: float) -> None:
     """On held-out rows within 5 %, thresholds calibrated on yet others."""
     x, other, held_out = _large()
-    config = TrainConfig(SITE, d_sae=4096, target_l0=target, steps=1500, batch_size=512, frequency_weight=0.1)
+    steps = 1500 if target < 100 else 2500  # five times what is there has to be learned first
+    config = TrainConfig(SITE, d_sae=4096, target_l0=target, steps=steps, batch_size=512, frequency_weight=0.1)
     sae, numbers = _train(config, {SITE: x}, {SITE: other})
     support, _ = sae.encode_sparse(held_out)
     frequency = torch.bincount(support.latents, minlength=4096) / len(held_out)
     assert len(support.rows) / len(held_out) == pytest.approx(target, rel=0.05)
     assert frequency.max() <= 0.1
     assert (frequency == 0).float().mean() < 0.05
-    assert numbers["l0_train"] == pytest.approx(target, rel=0.1)  # as the controller left it
+    assert numbers["l0_train"] == pytest.approx(target, rel=0.05)  # as the controller left it
