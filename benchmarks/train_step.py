@@ -63,8 +63,9 @@ def main() -> None:
         for threads in o.threads:
             for product in PRODUCTS:
                 for trainer, kind in (("dense", "encoder"), *(("own", kind) for kind in KINDS)):
-                    report(measure(sys.executable, trainer, kind, product, d_sae, threads, 3), o.json)
-            if o.peers and d_sae == min(o.d_sae):
+                    rounds = 8 if d_sae == min(o.d_sae) else 3
+                    report(measure(sys.executable, trainer, kind, product, d_sae, threads, rounds), o.json)
+            if o.peers and d_sae == min(o.d_sae) and threads == min(o.threads):
                 for trainer, kind in PEERS:
                     report(measure(o.peers, trainer, kind, "float32", d_sae, threads, 2), o.json)
 
