@@ -32,8 +32,14 @@ def first_thresholds(
     return torch.cat(thresholds).clamp(min=0), torch.cat(variances).mean().sqrt().item()
 
 
-def threshold_factor(sae: SingleLayer, x: Float[Tensor, "rows d_in"], target_l0: float) -> float:
-    """The factor on all thresholds that gives ``sae`` the mean L0 ``target_l0`` on ``x``.
+def threshold_factor(
+    sae: SingleLayer,
+    x: Float[Tensor, "rows d_in"],
+    target_l0: float,
+    least: Float[Tensor, " d_sae"] | None = None,
+) -> float:
+    """The factor on all thresholds that gives ``sae`` the mean L0 ``target_l0`` on ``x``, where none falls below
+    ``least``.
 
     It is a quantile: an entry stays active while its pre-activation exceeds factor * threshold, so the factor
     lies between the two ratios pre_act / threshold around the (rows * target_l0)-th largest. One number
@@ -43,7 +49,9 @@ def threshold_factor(sae: SingleLayer, x: Float[Tensor, "rows d_in"], target_l0:
     assert sae.threshold is not None
     wanted = round(len(x) * target_l0)
     for floor in (0.5, 0.125, 0.0):
-        support, values = encode_above(x, sae.W_enc, sae.b_enc, sae.threshold * floor)
+        floors = sae.threshold * floor
+        floors = floors if least is None else torch.maximum(floors, least)
+        support, values = encode_above(x, sae.W_enc, sae.b_enc, floors)
         if len(values) > wanted:
             ratios = values / sae.threshold[support.latents]
             around = torch.topk(ratios, wanted + 1)[0][-2:]
@@ -66,27 +74,22 @@ def set_thresholds(
     raised to where it is, and the others make up for it.
     """
     assert sae.threshold is not None
-    whole = 1.0
-    for _ in range(10):
-        factor = threshold_factor(sae, x, target_l0)
-        sae.threshold.mul_(factor)
-        whole *= factor
-        if limit is None or not _capped(sae, x, _ROOM * limit):
-            break
-    return whole
-
-
-def _capped(sae: SingleLayer, x: Tensor, limit: float) -> bool:
-    """Raise the thresholds of the latents active on more than ``limit`` of ``x``; says whether there were any."""
-    counts = sum(torch.bincount(sae.encode_sparse(part)[0].latents, minlength=sae.d_sae) for part in x.split(4096))
-    assert isinstance(counts, Tensor)
-    assert sae.threshold is not None
-    most = int(limit * len(x))
-    which = (counts > most).nonzero()[:, 0]
-    for some in which.split(256):
-        pre_acts = torch.addmm(sae.b_enc[some], x, sae.W_enc[:, some])
-        sae.threshold[some] = pre_acts.topk(most + 1, dim=0).values[-1].to(sae.threshold.dtype)
-    return len(which) > 0
+    before, least, most = sae.threshold.clone(), torch.zeros_like(sae.threshold), int(_ROOM * (limit or 0) * len(x))
+    while True:
+        sae.threshold.copy_(before)
+        factor = threshold_factor(sae, x, target_l0, least)
+        sae.threshold.copy_(torch.maximum(before * factor, least))
+        if limit is None:
+            return factor
+        counts = torch.zeros_like(least, dtype=torch.int64)
+        for part in x.split(4096):
+            counts += torch.bincount(sae.encode_sparse(part)[0].latents, minlength=len(counts))
+        which = ((counts > most) & (least == 0)).nonzero()[:, 0]
+        if not len(which):
+            return factor
+        for some in which.split(256):
+            pre_acts = torch.addmm(sae.b_enc[some], x, sae.W_enc[:, some])
+            least[some] = pre_acts.topk(most + 1, dim=0).values[-1].to(least.dtype)
 
 
 def common_threshold(
