@@ -276,7 +276,7 @@ def write_units(
 @contextmanager
 def _quick_turns() -> Generator[None]:
     """Python's lock is handed on 25 times sooner: after every operation of the model this thread may have to wait for
-    one that tokenizes or writes, which cost a tiny model a fifth of its time.
+    one that tokenizes or writes.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(2e-4)
