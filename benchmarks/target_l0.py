@@ -54,7 +54,7 @@ def main() -> None:
         x, calibration, held_out = (world(n, seed, 512, 20.0)[0] for seed, n in enumerate((many, 20_000, 20_000)))
         worlds = {
             "synthetic": ((x, calibration, held_out), d_sae),
-            "microworld-it": (stored(Path(name), many // 60), 1024),
+            "microworld-it": (stored(Path(name), many // 60), d_sae),
         }
         for label, (rows, size) in worlds.items():
             for target in TARGETS[:1] if o.quick else TARGETS:

@@ -60,7 +60,7 @@ def threshold_factor(
     return 1.0
 
 
-_ROOM = 0.8
+_ROOM = 0.9
 """Share of the largest frequency that is allowed on the rows at hand: other documents differ."""
 
 

@@ -56,7 +56,7 @@ def test_no_latent_is_more_frequent_than_the_limit_and_the_others_make_up_for_it
     limit = float(before.quantile(0.95))
     set_thresholds(sae, x, 4.0, limit)
     active = (sae.encode(x) > 0).float()
-    assert active.sum(0).max() <= 0.8 * limit * 400 + 1  # two products may round a tie differently
+    assert active.sum(0).max() <= 0.9 * limit * 400 + 1  # two products may round a tie differently
     assert active.sum(1).mean() == pytest.approx(4.0, rel=0.01)
     assert (active.mean(0)[before < 0.5 * limit] >= before[before < 0.5 * limit]).all()
 
