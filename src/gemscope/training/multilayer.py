@@ -6,8 +6,6 @@ Notable:
 - decoders are streamed (``layer_gradients``) and updated as soon as their gradient is complete (``adam``): beside
   weights and one moment there is one decoder's gradient in memory, on the device also when the rest is offloaded;
 - what a latent writes, over all targets together, keeps norm 1: after each update its decoder rows are rescaled;
-- decoders of a space other than their encoders' begin as the mean of the targets weighted by the latents' first
-  activations, the direction of the first gradient: random ones cost many steps and, in the end, features;
 - the target L0 counts the latents of all layers and falls from the initial sum to ``target_l0``;
 - ``tied``: one decoder per source layer, whatever the target.
 
@@ -50,6 +48,9 @@ class MultiLayerConfig(TrainConfig):
 
     skip: bool = False
     """A linear path from what a layer reads to what it writes (the ``affine`` CLTs of Gemma Scope 2)."""
+    from_data: bool = False
+    """Transcoders and CLTs: decoders begin as the mean of the targets weighted by the latents' first activations, not
+    at random. It finds more features in long runs and costs loss in short ones."""
     tied: bool = False
     """One decoder per source layer instead of one per pair of layers."""
     moments: Literal["float32", "bfloat16"] = "float32"
@@ -111,7 +112,7 @@ class MultiLayerLearner:
         x = self._inputs(calibration)
         self.weights: dict[str, Tensor] = self._from_scratch() if start is None else self._from(start)
         self.first_l0 = config.first_l0 if start is None else config.target_l0
-        if start is None and not config.reconstructs and "W_dec" not in config.frozen:
+        if start is None and config.from_data and not config.reconstructs:
             self._first_decoders([rows[:_FIRST_ROWS] for rows in x], self._targets(calibration, _FIRST_ROWS))
         self._begin(x, start is not None)
         self.adam = StreamedAdam(config.beta2, dtype=config.moments)

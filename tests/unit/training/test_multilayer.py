@@ -208,7 +208,7 @@ def test_one_layer_is_an_sae_or_a_transcoder() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_decoders_begin_as_the_targets_that_go_with_the_first_activations(tied: bool) -> None:
     data = rows()
-    learner = MultiLayerLearner(config(tied=tied), data)
+    learner = MultiLayerLearner(config(tied=tied, from_data=True), data)
     x, y = learner._inputs(data), learner._targets(data)
     count = round(len(x[0]) * learner.first_l0 / (N * F))
     for layer in range(N):
