@@ -9,7 +9,7 @@ import pytest
 from gemscope.artifacts.catalogue.released import catalogue, find
 from gemscope.artifacts.catalogue.scope1 import canonical_l0
 
-yaml = pytest.importorskip("yaml")
+yaml = pytest.importorskip("yaml", reason="comes with SAELens, which make interop installs")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from gemscope.dictionaries import triton_kernels as kernels
 from gemscope.dictionaries.sparse import Support
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is published for Linux only")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.skipif(not kernels.AVAILABLE, reason="run by test_in_the_interpreter")
 
