@@ -326,7 +326,7 @@ def main() -> None:
         report(packing(random, mixed, 2048, 2, label), options.json)
         microworld = Gemma.load("microworld-it")
         texts = list(GeneratedText(chat=True).read(0, 400 if options.quick else 4000))
-        report(harvesting(microworld, texts, 8, 4096, 5, "microworld-it", folder), options.json)
+        report(harvesting(microworld, texts, 8, 4096, 10, "microworld-it", folder), options.json)
         report(packing(microworld, texts[:500], 4096, 2, "microworld-it"), options.json)
 
 

@@ -10,12 +10,10 @@ Notable:
 import os
 import shutil
 import socket
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from gemscope.activations.sources import Source
 from gemscope.activations.units import Bucket, UnitFiles, bucket_pieces, capacity, fill, shuffle_seed
 from gemscope.core.errors import FormatError, InputError, StorageError
 from gemscope.core.files import storage_error, write_json
+from gemscope.core.process import kept_memory, quick_turns
 from gemscope.core.provenance import collect
 from gemscope.models.gemma import Gemma
 
@@ -244,7 +243,8 @@ def write_units(
     count = _Counter(plan, units, progress)
     turn = whole = 0
     with (
-        _quick_turns(),
+        quick_turns(),
+        kept_memory(),
         ThreadPoolExecutor(1, "read") as reading,
         ThreadPoolExecutor(1, "write") as writing,
         ThreadPoolExecutor(1, "sync") as syncing,
@@ -271,19 +271,6 @@ def write_units(
                 raise
         wait(syncs)
         count.batch(0, whole + _settled(syncs))
-
-
-@contextmanager
-def _quick_turns() -> Generator[None]:
-    """Python's lock is handed on 25 times sooner: after every operation of the model this thread may have to wait for
-    one that tokenizes or writes.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(2e-4)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 def _settled(syncs: deque[Future[dict[str, Any]]]) -> int:
