@@ -326,8 +326,11 @@ def main() -> None:
         report(packing(random, mixed, 2048, 2, label), options.json)
         microworld = Gemma.load("microworld-it")
         texts = list(GeneratedText(chat=True).read(0, 400 if options.quick else 4000))
-        report(harvesting(microworld, texts, 8, 4096, 10, "microworld-it", folder), options.json)
         report(packing(microworld, texts[:500], 4096, 2, "microworld-it"), options.json)
+        for threads in sorted({1, torch.get_num_threads()}, reverse=True):
+            torch.set_num_threads(threads)
+            label = "microworld-it" if threads > 1 else "microworld-it on one thread"
+            report(harvesting(microworld, texts, 8, 4096, 10 if threads > 1 else 6, label, folder), options.json)
 
 
 if __name__ == "__main__":
