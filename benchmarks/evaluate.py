@@ -70,8 +70,10 @@ CONTEXT, ROWS = 128, 16
 @torch.no_grad()
 def saebench(
     python: str, gemma: Gemma, items: Sequence[Tokens], loss_items: int, some: Sequence[Subject]
-) -> list[float]:
-    """SAEBench's seconds for each dictionary, by itself, on as many tokens; ValueError if its model is another."""
+) -> tuple[str, list[float]]:
+    """SAEBench's version, and its seconds for each dictionary, by itself, on as many tokens; ValueError if its model is
+    another.
+    """
 
     def rows(of: Sequence[Tokens]) -> torch.Tensor:
         ids = torch.cat([item.ids for item in of])
@@ -94,7 +96,7 @@ def saebench(
     theirs = out["measures"][0]["model_performance_preservation"]["ce_loss_without_sae"]
     if abs(theirs - float(torch.stack(own).mean())) > 1e-3:
         raise ValueError(f"the converted model's loss is {theirs}, ours {float(torch.stack(own).mean())}")
-    return out["seconds"]
+    return out["version"], out["seconds"]
 
 
 @torch.no_grad()
@@ -153,12 +155,14 @@ def main() -> None:
         options.json,
     )
     if options.peers:
-        theirs = saebench(options.peers, gemma, items, len(items if options.quick else some), several[: len(sites)])
+        version, theirs = saebench(
+            options.peers, gemma, items, len(items if options.quick else some), several[: len(sites)]
+        )
         each, ours = sum(theirs) / len(theirs), (reading + losses) / len(several)
         report(
             [
                 Result("evaluate: a dictionary of 30, everything above", ours, "s", where),
-                Result("evaluate: a dictionary, SAEBench core 0.6.0", each, "s", where),
+                Result(f"evaluate: a dictionary, SAEBench core {version}", each, "s", where),
                 Result("evaluate: SAEBench core / gemscope, a dictionary", each / ours, "x", where),
             ],
             options.json,
