@@ -6,28 +6,39 @@ fivefold in 80 % of the concepts tried, random latents with as large a push do n
 
 The suite is ./suites/microworld-it if it is there, else it is built. Texts are held out and of another seed than those
 of the index and of the AUROCs. The text of a concept is the held-out documents with the largest share of its tokens, up
-to 240 tokens, and the search is at its tokens. The feature to steer is the one of 12 that raises the concept's words
-most on prompts of a third seed; what it does is measured on prompts of the second.
+to 240 tokens, and the search is at its tokens.
+
+A concept's tokens are those of which nine in ten are marked with it, in a third text. Its prompts are beginnings of
+documents that have not mentioned it, after which it is possible but not likely: its tokens have a probability within
+one of ``BASELINES``. Feature and strength are chosen on prompts of one seed and measured on prompts of another; all
+content is steered, and the probability after the prompt counts. Random latents are of the same dictionary, were active
+at some time, and get the same strength and as long a push; in the stricter control the best of as many random ones as
+were tried is chosen on the same prompts. Intervals: 95 %, concepts drawn anew.
 """
 
 import random
+import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from _common import Result, arguments, machine, report
 
+from gemscope.activations.positions import bucketed
 from gemscope.artifacts.config import Loaded
 from gemscope.evaluation.concepts import FOUND_AUROC, MIN_POSITIVES, ActiveEntries, auroc_matrix
-from gemscope.features.effective import STRENGTH, most_promising, promised, tried
+from gemscope.features.effective import best_to_steer, shortlist, tried
 from gemscope.features.effects import directions
+from gemscope.features.index import FeatureIndex
 from gemscope.features.search import by_text
 from gemscope.features.steering import Steer
 from gemscope.microworld.concepts import words
 from gemscope.models.gemma import Gemma
-from gemscope.models.tokens import Batch, Tokens
+from gemscope.models.tokens import Tokens
 from gemscope.suites.config import QuickstartConfig
 from gemscope.suites.corpus import LabelledText, heldout_text
 from gemscope.suites.indexing import dictionaries_of, open_index
@@ -35,8 +46,14 @@ from gemscope.suites.quickstart import quickstart
 from gemscope.suites.suite import Suite
 
 TEXT_TOKENS = 240
-STRENGTHS = (2.0, 4.0, STRENGTH)
-PROMPTS, TRIED, RANDOM = 16, 12, 3
+BASELINES = ((0.002, 0.02), (0.005, 0.05))
+"""Least and largest probability of a concept after a prompt; fivefold is then 1 % at least, or 2.5 %."""
+PROMPTS, LEAST, SHORTEST, LONGEST = 16, 8, 4, 24
+"""Prompts of a concept, how few are enough, and their tokens."""
+POOL = 100_000
+"""Content tokens that prompts are looked for in."""
+RANDOM = 10
+"""Random latents of a concept."""
 Scores = Mapping[str, torch.Tensor]
 
 
@@ -98,59 +115,126 @@ def searching(
     ]
 
 
-def first_tokens(gemma: Gemma, concept: str) -> list[int]:
-    """First tokens of the concept's words in running text."""
-    ids = {int(gemma.tokens(f"a {form}").ids[2]) for form in words(concept)}
-    return sorted(ids)
+def tokens_of_concepts(text: LabelledText, names: Sequence[str], vocabulary: int) -> list[list[int]]:
+    """Tokens that occur three times at least, nine in ten of them marked with the concept."""
+    ids, marks = torch.cat([item.ids for item in text.items]), torch.cat(list(text.labels.marks))
+    count = torch.bincount(ids, minlength=vocabulary)
+    found: list[list[int]] = []
+    for name in names:
+        marked = torch.bincount(ids[marks[:, text.labels.names.index(name)]], minlength=vocabulary)
+        found.append(((marked >= 0.9 * count) & (count >= 3)).nonzero()[:, 0].tolist())
+    return found
 
 
-def prompts_of(gemma: Gemma, text: LabelledText) -> Batch:
-    """Beginnings of documents that are no chats."""
-    chosen = [gemma.tokens_of(item.ids[:24]) for item in text.items if "<start_of_turn>" not in item.text][:PROMPTS]
-    return gemma.batch(chosen)
+def prompts_of(
+    gemma: Gemma,
+    text: LabelledText,
+    names: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    baseline: tuple[float, float],
+) -> list[list[Tokens]]:
+    """Of each concept, beginnings of documents that are no chats; one of a document, cut at random where it may be."""
+    pairs = [pair for pair in zip(text.items, text.labels.marks, strict=True) if "<start_of_turn>" not in pair[0].text]
+    items = [gemma.tokens_of(item.ids[:LONGEST]) for item, _ in pairs]
+    columns = [text.labels.names.index(name) for name in names]
+    found: list[list[Tokens]] = [[] for _ in names]
+    draw = random.Random(0)
+    for chosen, batch in bucketed(gemma, items, 2048):
+        shares = gemma.logits(batch).float().softmax(-1)
+        chances = torch.stack([shares[..., list(group)].sum(-1) for group in groups], dim=-1)
+        for row, document in enumerate(chosen):
+            size = len(items[document])
+            at = chances[row, :size]
+            fits = (at >= baseline[0]) & (at <= baseline[1]) & items[document].content_mask[:, None]
+            fits &= pairs[document][1][:size, columns].cumsum(0) == 0
+            fits[: SHORTEST - 1] = False
+            for concept in range(len(names)):
+                ends = fits[:, concept].nonzero()[:, 0].tolist()
+                if ends:
+                    found[concept].append(gemma.tokens_of(items[document].ids[: draw.choice(ends) + 1]))
+    return [draw.sample(one, min(PROMPTS, len(one))) for one in found]
+
+
+@dataclass
+class Effects:
+    """Of each concept that was steered: how many times as likely it became, by our latent and by random ones."""
+
+    ours: list[float] = field(default_factory=list)
+    others: list[list[float]] = field(default_factory=list)
+    lucky: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
+
+    def results(self, on: str) -> list[Result]:
+        """Shares that were raised fivefold."""
+        shares = {
+            "latents": [float(one >= 5) for one in self.ours],
+            "random latents of equal length": [sum(one >= 5 for one in some) / len(some) for some in self.others],
+            "the best of as many random latents, chosen alike": [float(one >= 5) for one in self.lucky],
+        }
+        found = [
+            Result("concepts steered", len(self.ours), "", on),
+            Result("mean probability of a concept before", float(np.mean(self.before)), "", on),
+            Result("median factor by latents", float(np.median(self.ours)), "", on),
+            Result(
+                "median factor by random latents", float(np.median([one for s in self.others for one in s])), "", on
+            ),
+        ]
+        for kind, values in shares.items():
+            drawn = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
+            low, high = np.quantile(drawn, (0.025, 0.975))
+            found += [
+                Result(f"share raised fivefold by {kind}", float(np.mean(values)), "", on),
+                Result(f"share raised fivefold by {kind}, low", float(low), "", on),
+                Result(f"share raised fivefold by {kind}, high", float(high), "", on),
+            ]
+        return found
 
 
 def steering(
     gemma: Gemma,
     suite: Suite,
     dictionaries: Mapping[str, Loaded],
-    texts: tuple[LabelledText, LabelledText],
+    texts: tuple[LabelledText, LabelledText, LabelledText],
     names: list[str],
+    baseline: tuple[float, float],
+    told: Callable[[str], object] = lambda _: None,
 ) -> list[Result]:
-    """Share of the concepts whose probability rises fivefold on the second text's prompts, by the latent that raised it
-    most on the first's; beside random latents with an equal push, and the best of as many of those, chosen alike.
+    """Share of the concepts whose probability rises fivefold on the second text's prompts, by the latent and strength
+    that raised it most on the first's; beside random latents with an equal push, and the best of as many, chosen alike.
+    The third text says which tokens are a concept's.
     """
-    index, draw = open_index(suite), random.Random(0)
-    choosing, prompts = (prompts_of(gemma, text) for text in texts)
-    steered = [name for name in names if words(name)]
-    groups = [first_tokens(gemma, name) for name in steered]
-    told = promised(gemma, index, dictionaries, groups, choosing)
-    kinds = ("latents", "random latents of equal length", f"the best of {TRIED} random latents, chosen alike")
-    raised = {(kind, strength): 0.0 for kind in kinds for strength in STRENGTHS}
-    for column, ids in enumerate(groups):
-        best = most_promising({name: one[:, column] for name, one in told.items()}, TRIED)
-        steers = [replace(Steer.of(index, feature), strength=STRENGTH) for feature in best]
-        found = tried(gemma, dictionaries, steers, ids, choosing)[0].steer
-        others = [_random(dictionaries, found, draw) for _ in range(TRIED)]
-        lucky = tried(gemma, dictionaries, others, ids, choosing)[0].steer
-        for kind, some in zip(kinds, ([found], others[:RANDOM], [lucky]), strict=True):
-            for strength in STRENGTHS:
-                changed = [replace(one, strength=strength) for one in some]
-                effects = tried(gemma, dictionaries, changed, ids, prompts)
-                raised[kind, strength] += sum(one.factor >= 5 for one in effects) / len(some)
-    on = f"{len(steered)} concepts, {PROMPTS} prompts of 24 tokens, all positions, microworld-it; {machine()}"
-    return [
-        Result("concepts steered", len(steered), "", on),
-        *(
-            Result(f"share raised fivefold by {kind}, strength {strength:g}", count / len(steered), "", on)
-            for (kind, strength), count in raised.items()
-        ),
-    ]
+    index, draw, effects = open_index(suite), random.Random(0), Effects()
+    asked = [name for name in names if words(name)]
+    groups = tokens_of_concepts(texts[2], asked, len(gemma.unembedding()))
+    pools = [prompts_of(gemma, text, asked, groups, baseline) for text in texts[:2]]
+    for name, ids, choosing, measuring in zip(asked, groups, *pools, strict=True):
+        if not ids or min(len(choosing), len(measuring)) < LEAST:
+            told(f"{name}: too few prompts")
+            continue
+        best = best_to_steer(gemma, index, dictionaries, ids, choosing)[0].steer
+        count = len(shortlist(gemma, index, dictionaries, ids, gemma.batch(choosing)))
+        others = [_random(index, dictionaries, best, draw) for _ in range(count)]
+        lucky = tried(gemma, dictionaries, others, ids, gemma.batch(choosing))[0].steer
+        ours, luck, *rest = (
+            tried(gemma, dictionaries, [one], ids, gemma.batch(measuring))[0] for one in (best, lucky, *others[:RANDOM])
+        )
+        effects.ours.append(ours.factor)
+        effects.lucky.append(luck.factor)
+        effects.others.append([one.factor for one in rest])
+        effects.before.append(ours.before)
+        by_chance = sum(one.factor >= 5 for one in rest)
+        told(
+            f"{name}: {best.dictionary}/{best.latent}={best.strength:g}, {ours.before:.4f} x {ours.factor:.1f};"
+            f" random fivefold {by_chance} of {RANDOM}"
+        )
+    on = f"{PROMPTS} prompts a concept, baseline {baseline[0]:g} to {baseline[1]:g}, microworld-it; {machine()}"
+    return [Result("concepts asked", len(asked), "", on), *effects.results(on)]
 
 
-def _random(dictionaries: Mapping[str, Loaded], one: Steer, draw: random.Random) -> Steer:
-    """A random latent of the same dictionary whose push is as long."""
-    other = replace(one, latent=draw.randrange(dictionaries[one.dictionary].dictionary.n_latents))
+def _random(index: FeatureIndex, dictionaries: Mapping[str, Loaded], one: Steer, draw: random.Random) -> Steer:
+    """Another latent of the same dictionary that was active at some time, with a push that is as long."""
+    active = index.latents(one.dictionary).records["peak"].nonzero()[0].tolist()
+    other = replace(one, latent=draw.choice([latent for latent in active if latent != one.latent]))
     return replace(other, unit=one.unit * _length(dictionaries, one) / _length(dictionaries, other))
 
 
@@ -176,8 +260,12 @@ def main() -> None:
         names, scores = aurocs(gemma, dictionaries, heldout_text(gemma, config.heldout_tokens, config.seed))
         text = heldout_text(gemma, config.heldout_tokens, config.seed + 77)
         report(searching(gemma, suite, dictionaries, text, names, scores), options.json)
-        chosen_on = heldout_text(gemma, config.heldout_tokens, config.seed + 78)
-        report(steering(gemma, suite, dictionaries, (chosen_on, text), names), options.json)
+        size = config.heldout_tokens if options.quick else POOL
+        texts = [heldout_text(gemma, size, config.seed + shift) for shift in (78, 77, 79)]
+        told = partial(print, file=sys.stderr, flush=True)
+        for baseline in BASELINES:
+            three = (texts[0], texts[1], texts[2])
+            report(steering(gemma, suite, dictionaries, three, names, baseline, told), options.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ _SHADES = ("", "dim underline", "underline", "bold underline", "bold reverse")
 
 
 def hits(found: Sequence[Hit], width: int, tokens: Tokens | None = None) -> RenderableType:
-    """One line a feature; with ``tokens`` also where in the text it is strongest."""
+    """One line a feature; with ``tokens`` also where in the text it is strongest, else the strength if it has one."""
     if not found:
         return Text("nothing was found.", style="dim")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", width=max(width, 60))
@@ -29,9 +29,12 @@ def hits(found: Sequence[Hit], width: int, tokens: Tokens | None = None) -> Rend
     table.add_column("density", justify="right", no_wrap=True)
     if tokens is not None:
         table.add_column("strongest on", no_wrap=True)
+    elif found[0].strength is not None:
+        table.add_column("strength", justify="right", no_wrap=True)
     table.add_column("labels", no_wrap=True, overflow="ellipsis", ratio=1)
     for one in found:
-        where = [] if tokens is None else [_strongest(one, tokens)]
+        strength = [] if one.strength is None else [f"{one.strength:g}"]
+        where = strength if tokens is None else [_strongest(one, tokens)]
         labels = " · ".join(one.labels) or "–"
         table.add_row(one.id, f"{one.score:.3f}", f"{one.density:.2%}", *where, Text(labels, style="cyan"))
     return table

@@ -1,8 +1,10 @@
-"""Which features to steer with: those that raise the chance of some next tokens most, found by trying them.
+"""Which features to steer with, and how strongly: those that raise the chance of some next tokens most, found by
+trying them.
 
-A direction that promotes a token through the final norm is often read by later layers as something else, so the
-features that promise most are added to some prompts, one by one, and ordered by what happens. Judge the one chosen on
-other prompts than it was chosen on.
+A direction that promotes a token through the final norm is often read by later layers as something else, so of every
+dictionary the features that promise most, by the final norm or by the gradient of the tokens' log-probability, are
+added to some prompts one by one, and ordered by what happens. Judge the one chosen on other prompts than it was chosen
+on, beside random latents with as large a push.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,7 @@ import torch
 
 from gemscope.activations.positions import content_mask
 from gemscope.artifacts.config import Loaded
-from gemscope.core.arrays import Float, Tensor
+from gemscope.core.arrays import Float, Int, Tensor
 from gemscope.core.errors import InputError
 from gemscope.dictionaries.logit_effects import logit_effects
 from gemscope.features.effects import directions, to_stream, writes_to_stream
@@ -21,10 +23,12 @@ from gemscope.features.search import Hit, hits_of, spelled
 from gemscope.features.steering import Steer, interventions
 from gemscope.models.gemma import Gemma
 from gemscope.models.interventions import Intervention
-from gemscope.models.tokens import Batch
+from gemscope.models.tokens import Batch, Tokens
 
-STRENGTH = 8.0
+STRENGTHS = (2.0, 3.0, 4.0, 6.0, 8.0)
 """In units of a feature's largest activation."""
+EACH = 4
+"""Features of a dictionary that are tried for what they promise, in either way."""
 _PROMISED = 2.0
 _BLOCK = 1 << 25
 
@@ -43,58 +47,105 @@ class Raised:
         return self.after / max(self.before, 1e-30)
 
 
+def _last(prompts: Batch) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """Where each prompt ends."""
+    return torch.arange(len(prompts.items)), (prompts.first + prompts.lengths - 1).flatten()
+
+
+def _log_chances(gemma: Gemma, last: Float[Tensor, "batch d_model"], tokens: Sequence[int]) -> Float[Tensor, " batch"]:
+    scores = gemma.unembed(last).float().log_softmax(-1)
+    return scores[:, torch.tensor(list(tokens), device=scores.device)].logsumexp(-1)
+
+
 @torch.no_grad()
 def chance(gemma: Gemma, prompts: Batch, tokens: Sequence[int], changes: Sequence[Intervention] = ()) -> float:
-    """Mean over the prompts' content positions of the probability that one of ``tokens`` comes next."""
-    logits = gemma.logits(prompts, interventions=changes)[content_mask(prompts)].float()
-    return float(logits.softmax(-1)[:, torch.tensor(list(tokens), device=logits.device)].sum(-1).mean())
+    """Mean over the prompts of the probability that one of ``tokens`` comes next."""
+    stream = gemma.capture(prompts, ["final_in"], interventions=changes)["final_in"]
+    return float(_log_chances(gemma, stream[_last(prompts)], tokens).exp().mean())
+
+
+def _candidates(index: FeatureIndex, dictionaries: Mapping[str, Loaded]) -> dict[str, Loaded]:
+    """Dictionaries of one layer that write to the residual stream."""
+    return {
+        name: one
+        for name, one in dictionaries.items()
+        if name in index.sizes and one.dictionary.n_positions == 1 and writes_to_stream(one.config.writes[0])
+    }
+
+
+def _peaks(index: FeatureIndex, name: str) -> Float[Tensor, " latents"]:
+    return torch.from_numpy(index.latents(name).records["peak"].copy()).float()
 
 
 @torch.no_grad()
 def promised(
-    gemma: Gemma,
-    index: FeatureIndex,
-    dictionaries: Mapping[str, Loaded],
-    groups: Sequence[Sequence[int]],
-    prompts: Batch,
-) -> dict[str, Float[Tensor, "latents groups"]]:
-    """The share of the next token that each group of tokens would have, were twice a latent's largest activation added
-    to the mean prediction over the prompts, through the final norm's gain.
+    gemma: Gemma, index: FeatureIndex, dictionaries: Mapping[str, Loaded], tokens: Sequence[int], prompts: Batch
+) -> dict[str, Float[Tensor, " latents"]]:
+    """The share of the next token that ``tokens`` would have, were twice a latent's largest activation added to the
+    mean prediction at the prompts' ends, through the final norm's gain.
 
-    Of the dictionaries of one layer that write to the residual stream. Latents that were never active have their share
-    without them.
+    Latents that were never active have the share without them.
     """
-    mask = content_mask(prompts)
-    captured = gemma.capture(prompts, ["final_in"], logits=True)
-    assert captured.logits is not None
-    mean = captured.logits[mask].float().softmax(-1).mean(0).clamp(min=1e-9).log()
-    size = captured["final_in"][mask].float().square().mean(-1).sqrt().mean()
+    stream = gemma.capture(prompts, ["final_in"])["final_in"][_last(prompts)]
+    mean = gemma.unembed(stream).float().softmax(-1).mean(0).clamp(min=1e-9).log()
+    size = stream.float().square().mean(-1).sqrt().mean()
     gain, table = gemma.final_gain().float(), gemma.unembedding().float()
-    which = [torch.tensor(list(group), device=mean.device) for group in groups]
+    which = torch.tensor(list(tokens), device=mean.device)
     block, found = max(1, _BLOCK // len(table)), dict[str, Tensor]()
-    for name, one in dictionaries.items():
-        if name not in index.sizes or one.dictionary.n_positions > 1 or not writes_to_stream(one.config.writes[0]):
-            continue
-        peak = torch.from_numpy(index.latents(name).records["peak"].copy()).to(mean.device)
-        parts: list[Tensor] = []
+    for name, one in _candidates(index, dictionaries).items():
+        peak, parts = _peaks(index, name).to(mean.device), list[Tensor]()
         for first in range(0, len(peak), block):
             last = min(first + block, len(peak))
             rows = to_stream(gemma, one.config.writes[0], directions(one, first, last)).float().to(mean.device)
             effects = _PROMISED * peak[first:last, None] * logit_effects(rows, gain, table) / size
-            shares = (mean + effects).softmax(-1)
-            parts.append(torch.stack([shares[:, ids].sum(1) for ids in which], dim=1).cpu())
+            parts.append((mean + effects).softmax(-1)[:, which].sum(1).cpu())
         found[name] = torch.cat(parts)
     return found
 
 
-def most_promising(shares: Mapping[str, Float[Tensor, " latents"]], count: int) -> list[str]:
-    """Ids of the features with the largest shares, the best first."""
-    every = [
-        (value, name, latent)
-        for name, one in shares.items()
-        for value, latent in zip(*(part.tolist() for part in one.topk(min(count, len(one)))), strict=True)
-    ]
-    return [f"{name}/{latent}" for _, name, latent in sorted(every, key=lambda one: -one[0])[:count]]
+def slopes(
+    gemma: Gemma, index: FeatureIndex, dictionaries: Mapping[str, Loaded], tokens: Sequence[int], prompts: Batch
+) -> dict[str, Float[Tensor, " latents"]]:
+    """How fast the log-probability of ``tokens`` after the prompts rises with the strength at which a latent is added
+    to their content: the gradient at strength 0, mean over the prompts, through all later layers.
+    """
+    chosen = _candidates(index, dictionaries)
+    sites = {name: one.config.writes[0] for name, one in chosen.items()}
+    with torch.enable_grad():
+        captured = gemma.capture(prompts, [*sites.values(), "final_in"], grad=True)
+        value = _log_chances(gemma, captured["final_in"][_last(prompts)], tokens).mean()
+        unique = list(dict.fromkeys(sites.values()))
+        gradients = torch.autograd.grad(value, [captured[site] for site in unique])
+    mask = content_mask(prompts)
+    summed = {site: one[mask].float().sum(0) for site, one in zip(unique, gradients, strict=True)}
+    found = dict[str, Tensor]()
+    for name, one in chosen.items():
+        rows = directions(one, 0, one.dictionary.n_latents).float()
+        found[name] = _peaks(index, name) * (rows @ summed[sites[name]].to(rows.device)).cpu()
+    return found
+
+
+def shortlist(
+    gemma: Gemma,
+    index: FeatureIndex,
+    dictionaries: Mapping[str, Loaded],
+    tokens: Sequence[int],
+    prompts: Batch,
+    each: int = EACH,
+) -> list[Steer]:
+    """Features worth trying: of every dictionary the ``each`` that promise most and the ``each`` with the steepest
+    slopes, of those that were ever active.
+
+    The promises of two layers do not compare, so none is left out for the promises of another.
+    """
+    ways = [way(gemma, index, dictionaries, tokens, prompts) for way in (promised, slopes)]
+    found = dict[str, None]()
+    for name in ways[0]:
+        never = _peaks(index, name) == 0
+        for values in ways:
+            best = values[name].masked_fill(never, -torch.inf).topk(min(each, int((~never).sum())))
+            found |= dict.fromkeys(f"{name}/{latent}" for latent in best.indices.tolist())
+    return [Steer.of(index, feature) for feature in found]
 
 
 def tried(
@@ -104,10 +155,11 @@ def tried(
     tokens: Sequence[int],
     prompts: Batch,
 ) -> list[Raised]:
-    """Each change made everywhere in the prompts, by itself; the one that raises the tokens most first."""
+    """Each change made in the prompts' content, by itself; the one that raises the tokens most first."""
     before = chance(gemma, prompts, tokens)
     found = [
-        Raised(one, before, chance(gemma, prompts, tokens, interventions(dictionaries, [one], None))) for one in steers
+        Raised(one, before, chance(gemma, prompts, tokens, interventions(dictionaries, [one], "content", "prefill")))
+        for one in steers
     ]
     return sorted(found, key=lambda one: -one.after)
 
@@ -117,24 +169,32 @@ def best_to_steer(
     index: FeatureIndex,
     dictionaries: Mapping[str, Loaded],
     tokens: Sequence[int],
-    prompts: Sequence[str],
+    prompts: Sequence[str | Tokens],
     *,
-    count: int = 12,
-    strength: float = STRENGTH,
+    each: int = EACH,
+    count: int = 6,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> list[Raised]:
-    """Features that raise the chance of ``tokens`` most when added, the best first, of the ``count`` that promise most.
+    """Features that raise the chance of ``tokens`` after the prompts most when added, each with the strength that does
+    so, the best first.
 
-    Raises InputError without tokens or prompts, or where no dictionary of the index writes to the residual stream.
+    The shortlist is tried at the middle strength, and the ``count`` best of it at all. Raises InputError without tokens
+    or prompts, or where no dictionary of the index writes to the residual stream.
     """
-    if not tokens or not prompts:
+    if not tokens or not prompts or not strengths:
         raise InputError("features are tried on at least one prompt, for at least one token; give some.")
-    batch = gemma.batch([gemma.tokens(text) for text in prompts])
-    shares = {name: one[:, 0] for name, one in promised(gemma, index, dictionaries, [tokens], batch).items()}
-    if not shares:
+    if not _candidates(index, dictionaries):
         raise InputError("no dictionary of one layer writes to the residual stream; index one that does.")
-    active = {name: one.masked_fill(_never(index, name), 0) for name, one in shares.items()}
-    steers = [Steer.of(index, feature) for feature in most_promising(active, count)]
-    return tried(gemma, dictionaries, [replace(one, strength=strength) for one in steers], tokens, batch)
+    batch = gemma.batch([gemma.tokens(text) if isinstance(text, str) else text for text in prompts])
+    listed = shortlist(gemma, index, dictionaries, tokens, batch, each)
+    middle = sorted(strengths)[len(strengths) // 2]
+    first = tried(gemma, dictionaries, [replace(one, strength=middle) for one in listed], tokens, batch)[:count]
+    more = [replace(one.steer, strength=other) for one in first for other in strengths if other != middle]
+    found = [*first, *tried(gemma, dictionaries, more, tokens, batch)]
+    best = dict[tuple[str, int], Raised]()
+    for one in sorted(found, key=lambda one: (-one.after, one.steer.strength)):
+        best.setdefault((one.steer.dictionary, one.steer.latent), one)
+    return list(best.values())
 
 
 def by_effect(
@@ -145,13 +205,10 @@ def by_effect(
     prompts: Sequence[str],
     top: int = 10,
 ) -> list[Hit]:
-    """Features that, added at ``STRENGTH`` to the prompts, raise the chance of a token most; the score says how many
-    times as likely it is. Twice ``top`` are tried. Raises the errors of ``best_to_steer``, and InputError when no token
+    """Features that, added to the prompts, raise the chance that a token comes next most, with the strength that does;
+    the score says how many times as likely it is. Raises the errors of ``best_to_steer``, and InputError when no token
     is spelled so.
     """
-    found = best_to_steer(gemma, index, dictionaries, spelled(index, token), prompts, count=2 * top)
-    return hits_of(index, [(index.firsts[one.steer.dictionary] + one.steer.latent, one.factor) for one in found[:top]])
-
-
-def _never(index: FeatureIndex, name: str) -> Tensor:
-    return torch.from_numpy(index.latents(name).records["peak"] == 0)
+    found = best_to_steer(gemma, index, dictionaries, spelled(index, token), prompts, each=max(EACH, top), count=top)
+    hits = hits_of(index, [(index.firsts[one.steer.dictionary] + one.steer.latent, one.factor) for one in found])
+    return [replace(hit, strength=one.steer.strength) for hit, one in zip(hits, found, strict=True)]

@@ -34,6 +34,8 @@ class Hit:
     """Best first; the one made from its strongest tokens last."""
     values: tuple[float, ...] = ()
     """Of a search by text: the activation on each token."""
+    strength: float | None = None
+    """Of a search by trying: the strength that it was added with."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -1,10 +1,5 @@
 """Harvests on Ray: the bytes of a local run, whatever happens to the workers."""
 
-import os
-import signal
-import threading
-import time
-
 import pytest
 
 from gemscope.activations.cluster import ModelSpec, RayConfig, harvest_on_ray
@@ -13,6 +8,7 @@ from gemscope.activations.plan import HarvestConfig
 from gemscope.core.errors import InputError
 from gemscope.models.gemma import Gemma
 from unit.activations import small
+from unit.activations.killing import killing
 
 CONFIG = HarvestConfig(("resid_post.0", "mlp_act.2"), context=64, bucket_rows=400, unit_rows=300, batch_tokens=256)
 
@@ -50,35 +46,8 @@ def test_two_workers_give_the_bytes_of_one_run(tiny_folder, tmp_path, local):
 @pytest.mark.slow
 def test_a_worker_that_is_killed_midway_changes_nothing(tiny_folder, tmp_path, local):
     pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-    killed = []
-
-    def kill() -> None:
-        """Kill -9 the first worker process that has written something."""
-        while not killed:
-            time.sleep(0.01)
-            if list((tmp_path / "ray").glob("units/*.json")):
-                for entry in os.listdir("/proc"):
-                    if entry.isdecimal() and _is_worker(int(entry)):
-                        os.kill(int(entry), signal.SIGKILL)
-                        killed.append(int(entry))
-                        return
-
-    threading.Thread(target=kill, daemon=True).start()
+    killed = killing("UnitWorker", lambda: bool(list((tmp_path / "ray").glob("units/*.json"))))
     spec, where = ModelSpec(str(tiny_folder)), RayConfig(workers=2)
     harvest_on_ray(tmp_path / "ray", spec, local, small.corpus(), CONFIG, where)
     assert killed
     assert small.content(tmp_path / "ray") == small.content(tmp_path / "local")
-
-
-def _is_worker(pid: int) -> bool:
-    """A process below this one that calls itself a UnitWorker."""
-    try:
-        with open(f"/proc/{pid}/cmdline") as file:
-            name = file.read()
-        parent = pid
-        while parent > 1 and parent != os.getpid():
-            with open(f"/proc/{parent}/stat") as file:
-                parent = int(file.read().rsplit(")", 1)[1].split()[1])
-    except (OSError, ValueError):
-        return False
-    return parent == os.getpid() and name.startswith("ray::UnitWorker")

@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from gemscope.cli.main import app
 from gemscope.features.index import FeatureIndex
+from gemscope.features.steering import Steer, interventions, selection
+from gemscope.models.gemma import Gemma
+from gemscope.suites.indexing import dictionaries_of, open_index
+from gemscope.suites.suite import Suite
 
 
 @pytest.fixture
@@ -37,6 +42,32 @@ def test_features_are_found(run):
     assert "nothing was found" in run("find", "zyzzyva")
     assert "say one thing" in run("find", "one", "--concept", "two", code=2)
     assert "needs an embedding model" in run("find", "--meaning", "towns", code=2)
+
+
+def test_features_that_raise_a_token_are_found_by_trying_them(run, tiny_suite, tiny_folder):
+    prompts = ["the capital of France is", "we like long"]
+    words = ["find", "--raises", "Paris", "--on", prompts[0], "--on", prompts[1], "-k", "3"]
+    found = json.loads(run(*words, "--json"))
+    suite, gemma = Suite.open(tiny_suite), Gemma.load(tiny_folder, check=False)
+    index, dictionaries = open_index(suite), dictionaries_of(suite.folder, suite.sites, suite.others)
+    ids = torch.tensor(index.database.ids_of(["Paris", "▁Paris", " Paris"]))
+    for one in found:
+        shares = []
+        for strength in (0.0, one["strength"]):
+            steer, each = Steer.of(index, one["id"], strength=strength), []
+            for text in prompts:
+                tokens = gemma.tokens(text)
+                changes = interventions(dictionaries, [steer], selection(tokens, "prompt")[0], "prefill")
+                each.append(gemma.logits(tokens, interventions=changes)[0, -1].float().softmax(-1)[ids].sum())
+            shares.append(float(torch.stack(each).mean()))
+        assert one["score"] == pytest.approx(shares[1] / shares[0], rel=1e-3)
+    assert len(found) == 3
+    assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
+    shown = run(*words)
+    assert all(one["id"] in shown for one in found)
+    assert "strength" in shown
+    assert "at least one prompt" in run("find", "--raises", "Paris", code=2)
+    assert "no single token" in run("find", "--raises", "zyzzyva", "--on", "the", code=2)
 
 
 def test_text_is_steered(run):

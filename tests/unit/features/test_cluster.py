@@ -1,11 +1,15 @@
-"""An index on Ray: the bytes of a local run."""
+"""An index on Ray: the bytes of a local run, whatever happens to the workers."""
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from gemscope.activations.cluster import RayConfig
+from gemscope.activations.plan import HarvestConfig
 from gemscope.activations.store import Store
+from gemscope.artifacts import native
 from gemscope.artifacts.config import DictionaryConfig, Loaded
+from gemscope.cli.main import app
 from gemscope.core.sites import Site
 from gemscope.features.blocks import StoreRows
 from gemscope.features.cluster import CountWorker, index_on_ray
@@ -13,6 +17,7 @@ from gemscope.features.config import IndexConfig
 from gemscope.features.index import FeatureIndex, index
 from gemscope.features.passing import check_plan, counted_units, plan_of
 from unit.activations import small
+from unit.activations.killing import killing
 from unit.dictionaries.zoo import random_dictionary
 
 SITE = Site("resid_post", 0)
@@ -76,3 +81,31 @@ def test_two_workers_of_ray_give_the_bytes_of_one_run(parts, tmp_path):
     assert same(made.folder, tmp_path / "local")
     assert len(seen) == rows.units
     assert seen[-1] == (rows.rows, rows.rows)
+
+
+@pytest.mark.slow
+def test_a_worker_of_the_command_that_is_killed_midway_changes_nothing(tiny_folder, tmp_path):
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    config = HarvestConfig(("resid_post.0",), context=64, bucket_rows=100, unit_rows=100, batch_tokens=256)
+    store = small.store(tmp_path / "store", config, small.corpus(600))
+    sae = random_dictionary("sae", d_in=24, d_sae=20, dtype=torch.float32)
+    native.save(tmp_path / "sae", sae, DictionaryConfig.of(sae, SITE, model="tiny"))
+    words = ["index", "--store", store, "--dictionary", tmp_path / "sae", "--model", tiny_folder, "--out"]
+    whole, folder = tmp_path / "whole", tmp_path / "ray"
+
+    def call(*more):
+        done = CliRunner().invoke(app, [str(word) for word in more])
+        assert done.exit_code == 0, (done.output, done.exception)
+
+    call(*words, whole)
+    units, seen = StoreRows(Store.open(store)).units, []
+
+    def begun() -> bool:
+        seen.append(len(list((folder / "counted").glob("*.safetensors"))) and len(counted_units(folder)))
+        return seen[-1] > 0
+
+    killed = killing("CountWorker", begun)
+    call(*words, folder, "--ray", "--workers", 2)
+    assert killed
+    assert seen[-1] < units
+    assert same(folder, whole)
