@@ -31,12 +31,20 @@ def batches(x: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
 
 
 def own(kind: str, x: torch.Tensor, o: argparse.Namespace) -> Tensors:
-    """gemscope: defaults but for the learning rate, and for JumpReLU the share of the steps with a falling target."""
+    """gemscope: defaults but for the learning rate; JumpReLU with the linear penalty and settings for short runs."""
     from gemscope.core.sites import Site
     from gemscope.training.config import TrainConfig
     from gemscope.training.single import SingleLayerLearner
 
     site = Site("resid_post", 0)
+    jumprelu = {
+        "sparsity": "linear",
+        "sparsity_weight": 0.01,
+        "threshold_learning_rate": 4e-3,
+        "first_l0_factor": o.first,
+        "annealing": 0.6,
+        "decay": 0.4,
+    }
     config = TrainConfig(
         site,
         d_sae=o.d_sae,
@@ -45,8 +53,8 @@ def own(kind: str, x: torch.Tensor, o: argparse.Namespace) -> Tensors:
         steps=o.steps,
         batch_size=BATCH,
         learning_rate=o.rate,
-        annealing=o.annealing,
         product_dtype=o.product,
+        **(jumprelu if kind == "jumprelu" else {"first_k_factor": o.first}),
     )
     learner = SingleLayerLearner(config, {site: x[:16384]})
     for done, batch in enumerate(batches(x, o.steps)):
@@ -136,7 +144,7 @@ def main() -> None:
     parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("kind", choices=("topk", "batchtopk", "jumprelu"))
     parser.add_argument("--rows", type=Path, required=True)
-    for name, value in {"l0": 20.0, "rate": 1e-3, "weight": 1e-2, "annealing": 0.5}.items():
+    for name, value in {"l0": 20.0, "rate": 1e-3, "weight": 1e-2, "first": 4.0}.items():
         parser.add_argument(f"--{name}", type=float, default=value)
     for name, value in {"steps": 1500, "d-sae": 1024}.items():
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -4,8 +4,8 @@ Two sets of rows. ``synthetic``: sums of a few of many known directions, more th
 frequency, with noise. ``microworld-it``: its residual stream after layer 1, read from a store; held-out rows are of
 other documents, and no features are known. Every trainer sees the same batches. All dictionaries are then measured by
 the same code, with the same L0 on held-out rows: thresholds, or k where there are none, are set to it on other rows.
-All trainers are tried at two learning rates, and for JumpReLU ours at two lengths of annealing and SAELens (with
---peers PYTHON) at two weights; the best FVU counts.
+All trainers are tried at two learning rates, and for JumpReLU ours beginning with 4 and 10 times the L0, SAELens (with
+--peers PYTHON) with two weights; the best FVU counts.
 """
 
 import argparse
@@ -33,8 +33,10 @@ from gemscope.training.calibration import threshold_factor
 TRAIN = Path(__file__).with_name("_quality.py")
 D, FEATURES, ACTIVE, D_SAE = 128, 256, 12.0, 512
 SEARCH = {
-    "own": [{"rate": r, "annealing": a} for r in (4e-3, 6e-3) for a in (0.5, 0.9)],
-    "saelens": [{"rate": r, "weight": w} for r in (1e-3, 3e-3) for w in (1e-3, 1e-2)],
+    "own": [{"rate": r, "first": 8 / 3} for r in (4e-3, 6e-3)],
+    "own jumprelu": [{"rate": r, "first": f} for r in (4e-3, 6e-3) for f in (4.0, 10.0)],
+    "saelens": [{"rate": r} for r in (1e-3, 3e-3)],
+    "saelens jumprelu": [{"rate": r, "weight": w} for r in (1e-3, 3e-3) for w in (1e-3, 1e-2)],
     "dictionary_learning": [{"rate": r} for r in (1e-3, 3e-3)],
 }
 
@@ -112,12 +114,6 @@ def train(python: str, trainer: str, kind: str, folder: Path, options: dict[str,
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
-def searched(trainer: str, kind: str) -> list[dict[str, float]]:
-    """The settings tried; weights and annealing are for JumpReLU."""
-    usual = {"weight": 1e-2, "annealing": 0.5}
-    return [one for one in SEARCH[trainer] if kind == "jumprelu" or all(one.get(n, v) == v for n, v in usual.items())]
-
-
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -142,7 +138,7 @@ def main() -> None:
             for kind in ("jumprelu", "topk", "batchtopk"):
                 for trainer, product in runs:
                     tried = []
-                    for search in searched(trainer, kind):
+                    for search in SEARCH.get(f"{trainer} {kind}", SEARCH[trainer]):
                         given = search | {"steps": steps, "l0": ACTIVE, "d-sae": D_SAE}
                         given |= {"product": product} if trainer == "own" else {}
                         weights = train(sys.executable if trainer == "own" else o.peers, trainer, kind, folder, given)

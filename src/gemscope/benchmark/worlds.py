@@ -25,7 +25,14 @@ from gemscope.training.trainer import Progress, train
 
 _MANY_FIRST = {"decay": 0.3, "first_k_factor": 8 / 3}
 RECIPES: Mapping[Method, Mapping[str, Any]] = {
-    "jumprelu": {"learning_rate": 6e-3, "decay": 0.3, "sparsity": "linear", "sparsity_weight": 0.01},
+    "jumprelu": {
+        "learning_rate": 4e-3,
+        "threshold_learning_rate": 6e-3,
+        "decay": 0.5,
+        "sparsity": "linear",
+        "sparsity_weight": 0.01,
+        "first_l0_factor": 8.0,
+    },
     "batchtopk": {"learning_rate": 3e-3, **_MANY_FIRST},
     "matryoshka": {"learning_rate": 6e-3, **_MANY_FIRST},
 }

@@ -54,7 +54,8 @@ class TrainConfig:
     """Training rows that mean, scale and thresholds are measured on, before the first and after the last step."""
 
     learning_rate: float = 2e-3
-    """Adam's, for weights and biases."""
+    """Adam's, for weights of rows of norm 1. For biases of single-layer kinds it counts in units of what they are added
+    to: pre-activation scales, and standard deviations of what is reconstructed."""
     threshold_learning_rate: float = 2e-3
     """Adam's, for the thresholds, in pre-activation scales."""
     warmup: float = 0.05

@@ -7,6 +7,8 @@ Notable:
 - b_dec starts at the mean, so no latent has to spend itself on it; a transcoder's decoder rows start as the mean of
   the targets weighted by the latents' first activations, the direction of the first gradient;
 - thresholds are plain fp32 parameters, clamped at 0: under Adam a logarithm of them would hardly move;
+- the biases learn in units of what they are added to, as thresholds do: without momentum every entry moves by about
+  its learning rate in every step, however small its gradient, and a step of the size of the rows' shakes all codes;
 - after one encoder product (``dictionaries.screening``) everything works on the active entries, the optimiser
   included (``training.optimizer``).
 """
@@ -121,11 +123,8 @@ class SingleLayerLearner:
             if start.PUBLIC.get(name, name) not in config.frozen
         }
         self.small = {n: t for n, t in self.weights.items() if n not in ("E", "W_dec")}
-        groups = [
-            {"params": [t.requires_grad_() for n, t in self.small.items() if (n == "threshold") == own], "lr": 0.0}
-            for own in (False, True)
-        ]
-        self.optimizer = Adam([g for g in groups if g["params"]], betas=betas, fused=True)
+        groups = [{"params": [t.requires_grad_()], "lr": 0.0} for t in self.small.values()]
+        self.optimizer = Adam(groups, betas=betas, fused=True)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -142,9 +141,14 @@ class SingleLayerLearner:
         rate = self._rate_factor(done)
         for name, table in self.tables.items():
             table.step(gradients[name], config.learning_rate * rate)
-        rates = (config.learning_rate, config.threshold_learning_rate * self.pre_scale)
-        for group, own in zip(self.optimizer.param_groups, rates, strict=False):
-            group["lr"] = own * rate
+        rates = {
+            "b_enc": config.learning_rate * self.pre_scale,
+            "b_dec": config.learning_rate * (self.moments_out.spread / y.shape[1]) ** 0.5,
+            "W_skip": config.learning_rate,
+            "threshold": config.threshold_learning_rate * self.pre_scale,
+        }
+        for group, name in zip(self.optimizer.param_groups, self.small, strict=True):
+            group["lr"] = rates[name] * rate
         for name, tensor in self.small.items():
             if name in config.frozen:
                 tensor.grad = None

@@ -309,9 +309,11 @@ def test_learning_rates_follow_the_schedule_and_thresholds_have_their_own(shape:
     at_90 = {"linear": 0.2, "cosine": (1 - math.cos(0.2 * math.pi)) / 2, "constant": 1.0}[shape]
     for done, factor in [(0, 0.1), (10, 1.0), (50, 1.0), (75, at_75), (90, at_90)]:
         learner.update(_rows(64), done)
-        rates = [group["lr"] for group in learner.optimizer.param_groups]
-        assert rates[0] == pytest.approx(config.learning_rate * factor)
-        assert rates[1] == pytest.approx(config.threshold_learning_rate * learner.pre_scale * factor)
+        rates = {n: g["lr"] for n, g in zip(learner.small, learner.optimizer.param_groups, strict=True)}
+        assert rates["threshold"] == pytest.approx(config.threshold_learning_rate * learner.pre_scale * factor)
+        assert rates["b_enc"] == pytest.approx(config.learning_rate * learner.pre_scale * factor)
+        deviation = _rows()[SITE].var(0, correction=0).mean().sqrt().item() / learner.moments_in.scale
+        assert rates["b_dec"] == pytest.approx(config.learning_rate * deviation * factor)
 
 
 @pytest.mark.parametrize("extra", [{}, {"activation": "batchtopk", "beta1": 0.9}, SKIP, {"sparsity": "tanh"}])
@@ -408,6 +410,29 @@ def test_training_is_indifferent_to_the_scale_of_the_activations() -> None:
     assert torch.equal(small.W_dec, large.W_dec)
     for name in ("b_enc", "b_dec", "threshold"):
         torch.testing.assert_close(small.get_parameter(name) * 64, large.get_parameter(name), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "batchtopk"])
+def test_training_is_indifferent_to_the_mean_of_the_activations(activation: str) -> None:
+    """A mean far from 0 makes the scaled rows small; a dictionary of x + c has the weights of one of x, and b_dec + c.
+
+    True only if every learning rate has the unit of its weight.
+    """
+    config = dataclasses.replace(CONFIG, activation=activation)
+    found: list[SingleLayer] = []
+    for offset in (0.0, 5.0):
+        x = _rows()[SITE] + offset
+        learner = SingleLayerLearner(config, {SITE: x})
+        for done in range(10):
+            learner.update({SITE: x[done * 256 : (done + 1) * 256]}, done)
+        made = learner.finished({SITE: x})[0]
+        assert isinstance(made, SingleLayer)
+        found.append(made)
+    near, far = found
+    torch.testing.assert_close(far.W_enc, near.W_enc, rtol=0, atol=1e-4)
+    torch.testing.assert_close(far.W_dec, near.W_dec, rtol=0, atol=1e-4)
+    torch.testing.assert_close(far.b_dec - 5, near.b_dec, rtol=0, atol=1e-4)
+    torch.testing.assert_close(far.b_enc + far.W_enc.sum(0) * 5, near.b_enc, rtol=0, atol=1e-3)
 
 
 def test_dead_latents_are_counted_in_rows_and_drawn_back() -> None:
