@@ -24,24 +24,19 @@ from gemscope.lens.attention import (
     label,
     layer_dict,
     plan,
-    read_maps,
     sees,
     tokens_dict,
     visible,
 )
 from gemscope.lens.heads import words
-from gemscope.lens.inputs import Target, as_tokens, identity, padded
+from gemscope.lens.inputs import Target, as_tokens, identity
 from gemscope.lens.lines import TOKEN, cut, pad, words_of
+from gemscope.lens.null_band import NullBand, Runs, later_queries, movement, null_band
 from gemscope.lens.result import Result
 from gemscope.models.gemma import Gemma
 from gemscope.models.layout import LayerAttention
 from gemscope.models.pieces import shown
 from gemscope.models.tokens import Tokens
-
-SPREAD_FLOOR = 0.05
-"""Least standard deviation that a score is measured in, in mean scores of the null band over all heads: a head that no
-replacement moves would otherwise have a z without end.
-"""
 
 
 @dataclass(frozen=True)
@@ -59,20 +54,6 @@ class Move:
     def change(self) -> float:
         """After less before."""
         return self.after - self.before
-
-
-@dataclass(frozen=True, eq=False)
-class NullBand:
-    """Scores of random replacements of as many tokens, at the same place."""
-
-    scores: Float[Tensor, "sample layer head"]
-    seed: int
-    """Of the replacements."""
-
-    def z(self, scores: Float[Tensor, "layer head"]) -> Float[Tensor, "layer head"]:
-        """Scores in standard deviations of the band (at least ``SPREAD_FLOOR`` of its mean) from its mean."""
-        least = max(SPREAD_FLOOR * float(self.scores.mean()), torch.finfo(self.scores.dtype).tiny)
-        return (scores - self.scores.mean(0)) / self.scores.std(0).clamp(min=least)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -336,82 +317,20 @@ def compare(
     if null_samples < 0 or null_samples == 1:
         raise InputError(f"a null band of {null_samples} samples has no spread; ask for 2 or more, or for 0.")
     about, wanted = plan(gemma, a, kind, layers, target, other)
-    runs = _Runs(gemma, tuple(one.layer for one in about), kind, wanted, max(len(a), len(b)))
+    runs = Runs(gemma, tuple(one.layer for one in about), kind, wanted, max(len(a), len(b)))
     alignment = align(a, b)
     before, after = collapse(runs(a), alignment.spans("a")), collapse(runs(b), alignment.spans("b"))
     null = None
     if null_samples and alignment.changed is not None and _changed_tokens(alignment):
-        null = _null_band(runs, a, alignment, null_samples, seed)
+        null = null_band(runs, a, alignment, null_samples, seed)
     suggestions = _suggestions(gemma, alignment, a) if alignment.length_change else ()
     return AttentionDifference(identity(gemma), a, b, about, kind, alignment, before, after, null, wanted, suggestions)
-
-
-def later_queries(alignment: Alignment) -> Bool[Tensor, " group"]:
-    """Groups after the changed one, or the changed one alone when none is; all when nothing was changed."""
-    place, changed = torch.arange(len(alignment.groups)), alignment.changed
-    if changed is None:
-        return torch.ones(len(place), dtype=torch.bool)
-    return place > changed if changed + 1 < len(place) else place == changed
-
-
-def movement(
-    difference: Float[Tensor, "layer head query key"], queries: Bool[Tensor, " query"]
-) -> Float[Tensor, "layer head"]:
-    """Mean over ``queries`` of half the sum of |difference|."""
-    return 0.5 * difference[:, :, queries].abs().sum(-1).mean(-1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Runs:
-    """Reads the same maps of several texts, all filled up to one length."""
-
-    gemma: Gemma
-    layers: tuple[int, ...]
-    kind: Kind
-    target: Target | None
-    length: int
-
-    def __call__(self, tokens: Tokens) -> Float[Tensor, "layer head query key"]:
-        return read_maps(self.gemma, padded(self.gemma, tokens, self.length), self.layers, self.kind, self.target)
 
 
 def _changed_tokens(alignment: Alignment) -> int:
     assert alignment.changed is not None
     group = alignment.groups[alignment.changed]
     return group.a_stop - group.a_start
-
-
-def _null_band(runs: _Runs, a: Tokens, alignment: Alignment, n: int, seed: int) -> NullBand:
-    """Random tokens of the same kind in the place of the changed ones, against the text before the edit."""
-    assert alignment.changed is not None
-    group = alignment.groups[alignment.changed]
-    pools = [_alike(runs.gemma, int(a.ids[i])) for i in range(group.a_start, group.a_stop)]
-    generator = torch.Generator().manual_seed(seed)
-    spans, later = alignment.spans("a"), later_queries(alignment)
-    before = collapse(runs(a), spans)
-    scores: list[Tensor] = []
-    for _ in range(n):
-        ids = a.ids.clone()
-        for i, pool in zip(range(group.a_start, group.a_stop), pools, strict=True):
-            ids[i] = pool[int(torch.randint(len(pool), (), generator=generator))]
-        after = collapse(runs(runs.gemma.tokens_of(ids)), spans)
-        scores.append(movement(after - before, later))
-    return NullBand(torch.stack(scores), seed)
-
-
-def _alike(gemma: Gemma, token: int) -> list[int]:
-    """Other tokens of the same make: with or without a space, a capital, letters, digits or neither."""
-    pieces: dict[str, int] = gemma.tokenizer.get_vocab()
-    special, size = gemma.vocabulary.special_ids, gemma.shape.vocab_size
-    make = _make(gemma.tokenizer.convert_ids_to_tokens(token))
-    found = sorted(i for p, i in pieces.items() if i < size and i not in special and i != token and _make(p) == make)
-    return found or words(gemma)
-
-
-def _make(piece: object) -> tuple[bool, bool, bool, bool]:
-    text = str(piece)
-    bare = text.removeprefix("▁")
-    return text.startswith("▁"), bare.isalpha(), bare.isdigit(), bare[:1].isupper()
 
 
 def _suggestions(gemma: Gemma, alignment: Alignment, a: Tokens, n: int = 3) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ import torch
 from gemscope.core.errors import InputError
 from gemscope.lens.alignment import align, collapse, edited
 from gemscope.lens.attention import attend, visible
-from gemscope.lens.difference import SPREAD_FLOOR, attend_edit, compare, later_queries, movement
+from gemscope.lens.difference import attend_edit, compare
+from gemscope.lens.null_band import SPREAD_FLOOR, later_queries, movement
 from unit.models.tiny_gemma import gemma
 
 WORDS = "the capital of France is Paris hello world and we like long words in Lyon today zebra Q7".split()
