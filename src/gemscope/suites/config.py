@@ -29,6 +29,8 @@ class QuickstartConfig:
     """Updates of every dictionary."""
     batch_size: int = 2048
     """Tokens per update."""
+    learning_rate: float = 6e-3
+    """Of the weights: runs this short need a large one."""
     batch_tokens: int = 2048
     """Positions in one forward pass of the model, padding included."""
     seed: int = 0
@@ -54,6 +56,7 @@ class QuickstartConfig:
             target_l0=self.target_l0,
             steps=self.steps,
             batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
             seed=self.seed,
         )
 

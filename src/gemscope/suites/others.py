@@ -56,6 +56,7 @@ def others(n: int, config: QuickstartConfig) -> Others:
     shared: dict[str, Any] = {
         "steps": min(config.steps, config.other_steps),
         "batch_size": min(config.batch_size, config.other_batch_size),
+        "learning_rate": config.learning_rate,
         "seed": config.seed,
         "calibration_rows": 4096,
     }
