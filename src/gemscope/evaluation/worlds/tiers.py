@@ -73,7 +73,7 @@ TIERS: Mapping[str, Tier] = {
             WorldConfig(_flat(128), 64),
             d_sae=128,
             l0=3.4,
-            rows=5_000 * 1024,
+            rows=4_500 * 1024,
             seconds=40.0,
             prefixes=(16, 64),
             targets={"jumprelu": _FOUND, "batchtopk": _FOUND, "matryoshka": _FOUND},
