@@ -41,7 +41,7 @@ class Rows:
 
 
 def converted(folder: str) -> HookedTransformer:
-    """A Gemma 3 in TransformerLens, folded as SAEBench's loader leaves it (not at all)."""
+    """A Gemma 3 in TransformerLens, nothing folded."""
     gemma = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     of = gemma.config
     config = HookedTransformerConfig(
