@@ -31,6 +31,7 @@ from gemscope.suites.corpus import GeneratedText
 from gemscope.training.calibration import threshold_factor
 
 TRAIN = Path(__file__).with_name("_quality.py")
+DATA = ("synthetic", "microworld-it")
 D, FEATURES, ACTIVE, D_SAE = 128, 256, 12.0, 512
 SEARCH = {
     "own": [{"rate": r, "first": 8 / 3} for r in (4e-3, 6e-3)],
@@ -121,13 +122,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--peers", metavar="PYTHON", help="train these too")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--data", choices=DATA, action="append", help="only these rows")
     o = parser.parse_args()
     steps, rows = (30, 20_000) if o.quick else (o.steps, 300_000)
     runs = [("own", "float32"), ("own", "bfloat16")]
     runs += [("saelens", "float32"), ("dictionary_learning", "float32")] if o.peers else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for data in ("synthetic", "microworld-it"):
+        for data in o.data or DATA:
             if data == "synthetic":
                 x, calibration, (held_out, *features) = world(rows, 0)[0], world(20_000, 1)[0], world(20_000, 2)
                 about, known = f"{FEATURES} features in {D} dimensions", (features[0], features[1])

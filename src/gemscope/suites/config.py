@@ -23,9 +23,12 @@ class QuickstartConfig:
     """Of these, tokens whose loss is measured with the reconstruction spliced in."""
     d_sae: int = 1024
     """Latents per dictionary."""
+    nested_parts: tuple[int, ...] = (32, 8, 2)
+    """Which parts of its latents, from one 32nd to a half, are dictionaries of their own in each (Matryoshka): general
+    concepts keep a latent; none for a plain dictionary."""
     target_l0: float = 32.0
     """Active latents per token to aim for."""
-    steps: int = 500
+    steps: int = 400
     """Updates of every dictionary."""
     batch_size: int = 2048
     """Tokens per update."""
@@ -57,6 +60,7 @@ class QuickstartConfig:
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
+            prefixes=tuple(self.d_sae // part for part in self.nested_parts if part <= self.d_sae),
             seed=self.seed,
         )
 

@@ -12,6 +12,7 @@ from gemscope.core.sites import Site
 from gemscope.dictionaries.logit_effects import logit_effects
 from gemscope.dictionaries.sae import SAE
 from gemscope.evaluation.concepts import ConceptReport
+from gemscope.evaluation.fidelity import Fidelity
 from gemscope.lens.trace import Microscope
 from gemscope.models.gemma import Gemma
 from gemscope.models.pieces import shown
@@ -50,7 +51,7 @@ class PositionReading:
     active: int
     """Number of active latents."""
     latents: tuple[LatentReading, ...]
-    """The strongest, strongest first: by their strength, or by activation where that is unknown."""
+    """Those that say most, the first before the others: by how much they write and how seldom they are on."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,20 @@ def read(
     promoted: int = 5,
     answer: str | None = None,
 ) -> Reading:
-    """The ``top`` strongest latents of every content position at a layer (None: the one that finds most
-    concepts).
+    """The ``top`` latents that say most about every content position at a layer (None: the one that finds most
+    concepts): that write most, weighted by how seldom they are on.
 
     ``promoted`` is the number of tokens shown per latent. Raises InputError when the text cannot be read, the
     suite has no such layer or is of another model.
     """
     tokens = gemma.tokens(text) if isinstance(text, str) else text
     site = suite.best_site() if layer is None else suite.site(layer)
-    dictionary, concepts = dictionary_for(gemma, suite, site), suite.evaluation(site).concepts
+    dictionary, measured = dictionary_for(gemma, suite, site), suite.evaluation(site)
+    concepts = measured.concepts
     content = tokens.content_mask.nonzero()[:, 0].cpu()
     x = gemma.capture(tokens, [site])[site][0].float().cpu()[content]
     acts = dictionary.encode(x)
-    latent = _strength(acts, concepts).topk(min(top, dictionary.d_sae), dim=1).indices
+    latent = _weight(acts, dictionary, measured.fidelity).topk(min(top, dictionary.d_sae), dim=1).indices
     value = acts.gather(1, latent)
     promotes = _promoted(gemma, dictionary, latent[value > 0].unique(), promoted)
     strongest = {
@@ -172,14 +174,12 @@ def _latent(
     )
 
 
-def _strength(acts: Float[Tensor, "pos d_sae"], concepts: ConceptReport | None) -> Float[Tensor, "pos d_sae"]:
-    """What latents are ranked by: latents that are always on, and large, would hide all others from a ranking by
-    activation; a latent that never fired before counts as at its largest.
+def _weight(acts: Float[Tensor, "pos d_sae"], dictionary: SAE, fidelity: Fidelity) -> Float[Tensor, "pos d_sae"]:
+    """What latents are ranked by: the length of what each writes, times how surprising it is that it is on, -log of
+    its frequency on held-out text (as words are ranked by tf-idf); the large ones that are always on say little.
     """
-    if concepts is None:
-        return acts
-    most = torch.tensor(concepts.latent_max)
-    return torch.where(most > 0, acts / most, (acts > 0).to(acts.dtype))
+    frequency = (torch.tensor(fidelity.firings, device=acts.device) + 1) / (fidelity.rows + 2)
+    return acts * dictionary.W_dec.float().norm(dim=1) * -frequency.log()
 
 
 def _promoted(gemma: Gemma, dictionary: SAE, latents: Int[Tensor, "latents"], count: int) -> dict[int, tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """A suite is built stage by stage; what is there is kept, what depends on a change is made again."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,3 +206,14 @@ def test_the_folder_of_another_model_is_not_touched(copy, model):
     with pytest.raises(InputError, match="holds the suite of tiny, not of other"):
         quickstart("other", copy, CONFIG, gemma=model)
     assert Suite.open(copy).model == "tiny"
+
+
+@pytest.mark.parametrize(("d_sae", "prefixes"), [(1024, (32, 128, 512)), (33, (1, 4, 16)), (9, (1, 4)), (1, ())])
+def test_every_dictionary_holds_smaller_ones(model, d_sae, prefixes):
+    (site, *_) = model.every_layer("resid_post")
+    assert replace(CONFIG, d_sae=d_sae, target_l0=0.5).train_config(site).prefixes == prefixes
+
+
+def test_a_dictionary_may_be_plain(model):
+    (site, *_) = model.every_layer("resid_post")
+    assert replace(CONFIG, nested_parts=()).train_config(site).prefixes == ()

@@ -1,6 +1,7 @@
 """What a reading says, against direct computation."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -26,12 +27,12 @@ def model(suite):
     return Gemma.load(suite.model, check=False)
 
 
-def test_the_latents_are_the_strongest_of_the_position(suite, model):
+def test_the_latents_are_those_that_write_most_and_are_seldom_on(suite, model):
     got = read(model, suite, TEXT, layer=2, top=4)
     tokens = model.tokens(TEXT)
     acts = suite.dictionary(suite.sites[2]).encode(model.capture(tokens, ["resid_post.2"])["resid_post.2"][0])
     report = suite.evaluation(suite.sites[2]).concepts
-    most = torch.tensor(report.latent_max)
+    fidelity, norms = suite.evaluation(suite.sites[2]).fidelity, suite.dictionary(suite.sites[2]).W_dec.norm(dim=1)
     assert got.site == suite.sites[2]
     for i, position in enumerate(got.positions):
         assert (position.position, position.piece, position.role) == (i, tokens.pieces[i], tokens.roles[i])
@@ -41,12 +42,14 @@ def test_the_latents_are_the_strongest_of_the_position(suite, model):
             continue
         assert position.active == int((acts[i] > 0).sum())
         assert len(position.latents) == min(4, position.active)
-        values = [latent.strength for latent in position.latents]
-        assert values == sorted(values, reverse=True)
+        said = [
+            (float(acts[i, j]) * float(norms[j]) * -math.log((fidelity.firings[j] + 1) / (fidelity.rows + 2)), j)
+            for j in acts[i].nonzero()[:, 0].tolist()
+        ]
+        assert [latent.latent for latent in position.latents] == [j for _, j in sorted(said, reverse=True)[:4]]
         for latent in position.latents:
             assert latent.activation == pytest.approx(float(acts[i, latent.latent]), rel=1e-5)
             assert latent.strength == pytest.approx(latent.activation / report.latent_max[latent.latent], rel=1e-5)
-        assert max(values, default=0.0) == pytest.approx(float((acts[i] / most).nan_to_num().max()), rel=1e-5)
 
 
 def test_promoted_tokens_follow_the_final_norm_and_the_unembedding(suite, model):
