@@ -1,14 +1,16 @@
 """One dictionary trained by one trainer on a world of known features; ``train_quality.py`` starts it.
 
-usage: _quality.py TRAINER KIND --rows FOLDER --l0 N --steps N --d-sae N; FOLDER holds x.npy (training rows) and gets
-the finished dictionary for raw activations as out.npz. Imports nothing else of the house but, for ``own``, the
-package.
+usage: _quality.py TRAINER KIND --rows FOLDER --options JSON; FOLDER holds x.npy (training rows) and gets the finished
+dictionary for raw activations as out.npz. The options are l0, steps and d_sae, for peers rate (and weight) too, for
+gemscope whatever TrainConfig has. Imports nothing else of the house but, for ``gemscope``, the package.
 """
 
 import argparse
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 import numpy as np
@@ -30,66 +32,48 @@ def batches(x: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
         yield x[order[at : at + BATCH]]
 
 
-def own(kind: str, x: torch.Tensor, o: argparse.Namespace) -> Tensors:
-    """gemscope: defaults but for the learning rate; JumpReLU with the linear penalty and settings for short runs."""
+def gemscope(kind: str, x: torch.Tensor, o: dict[str, Any]) -> Tensors:
+    """gemscope: what is not given is its default."""
     from gemscope.core.sites import Site
     from gemscope.training.config import TrainConfig
     from gemscope.training.single import SingleLayerLearner
 
-    site = Site("resid_post", 0)
-    jumprelu = {
-        "sparsity": "linear",
-        "sparsity_weight": 0.01,
-        "threshold_learning_rate": 4e-3,
-        "first_l0_factor": o.first,
-        "annealing": 0.6,
-        "decay": 0.4,
-    }
-    config = TrainConfig(
-        site,
-        d_sae=o.d_sae,
-        target_l0=o.l0,
-        activation=kind,
-        steps=o.steps,
-        batch_size=BATCH,
-        learning_rate=o.rate,
-        product_dtype=o.product,
-        **(jumprelu if kind == "jumprelu" else {"first_k_factor": o.first}),
-    )
+    site, given = Site("resid_post", 0), dict(o)
+    config = TrainConfig(site, target_l0=given.pop("l0"), activation=kind, batch_size=BATCH, **given)
     learner = SingleLayerLearner(config, {site: x[:16384]})
-    for done, batch in enumerate(batches(x, o.steps)):
+    for done, batch in enumerate(batches(x, config.steps)):
         learner.update({site: batch}, done)
     return dict(learner.finished({site: x[:16384]})[0].named_parameters())
 
 
-def saelens(kind: str, x: torch.Tensor, o: argparse.Namespace) -> Tensors:
+def saelens(kind: str, x: torch.Tensor, o: dict[str, Any]) -> Tensors:
     """SAELens on rows of norm sqrt(d), as it asks for, at the learning rate of its examples."""
     import sae_lens as s
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     scale = float(x.square().sum(1).mean().sqrt()) / x.shape[1] ** 0.5
-    size = {"d_in": x.shape[1], "d_sae": o.d_sae, "dtype": "float32", "device": "cpu"}
+    size = {"d_in": x.shape[1], "d_sae": o["d_sae"], "dtype": "float32", "device": "cpu"}
     if kind == "topk":
-        sae = s.TopKTrainingSAE(s.TopKTrainingSAEConfig(**size, k=int(o.l0)))
+        sae = s.TopKTrainingSAE(s.TopKTrainingSAEConfig(**size, k=int(o["l0"])))
     elif kind == "batchtopk":
-        sae = s.BatchTopKTrainingSAE(s.BatchTopKTrainingSAEConfig(**size, k=int(o.l0)))
+        sae = s.BatchTopKTrainingSAE(s.BatchTopKTrainingSAEConfig(**size, k=int(o["l0"])))
     else:
-        quadratic = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": o.l0, "l0_coefficient": o.weight}
+        quadratic = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": o["l0"], "l0_coefficient": o["weight"]}
         sae = s.JumpReLUTrainingSAE(s.JumpReLUTrainingSAEConfig(**size, **quadratic))
     config = SAETrainerConfig(
-        total_training_samples=BATCH * o.steps,
+        total_training_samples=BATCH * o["steps"],
         train_batch_size_samples=BATCH,
-        lr=o.rate,
-        lr_end=o.rate / 10,
-        lr_decay_steps=o.steps // 5,
+        lr=o["rate"],
+        lr_end=o["rate"] / 10,
+        lr_decay_steps=o["steps"] // 5,
         device="cpu",
         logger=LoggingConfig(log_to_wandb=False),
     )
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
     with torch.no_grad():
         sae.b_dec.copy_(x.mean(0) / scale)
-    for batch in batches(x, o.steps):
+    for batch in batches(x, o["steps"]):
         trainer.step(batch / scale)
         trainer.n_training_steps += 1
     w = {name: t.detach() for name, t in sae.named_parameters()}
@@ -106,20 +90,20 @@ def saelens(kind: str, x: torch.Tensor, o: argparse.Namespace) -> Tensors:
     return found
 
 
-def dictionary_learning(kind: str, x: torch.Tensor, o: argparse.Namespace) -> Tensors:
+def dictionary_learning(kind: str, x: torch.Tensor, o: dict[str, Any]) -> Tensors:
     """dictionary_learning on rows of norm 1, as it asks for, with its default learning rate unless given."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     scale = float(x.square().sum(1).mean().sqrt())
-    size = {"steps": o.steps, "activation_dim": x.shape[1], "dict_size": o.d_sae, "layer": 0, "lm_name": ""}
-    size |= {"device": "cpu", "lr": o.rate, "warmup_steps": o.steps // 20, "decay_start": o.steps * 4 // 5}
+    size = {"steps": o["steps"], "activation_dim": x.shape[1], "dict_size": o["d_sae"], "layer": 0, "lm_name": ""}
+    size |= {"device": "cpu", "lr": o["rate"], "warmup_steps": o["steps"] // 20, "decay_start": o["steps"] * 4 // 5}
     if kind == "jumprelu":
-        trainer = JumpReluTrainer(**size, target_l0=o.l0, sparsity_warmup_steps=o.steps // 20)
+        trainer = JumpReluTrainer(**size, target_l0=o["l0"], sparsity_warmup_steps=o["steps"] // 20)
     else:
-        trainer = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer}[kind](**size, k=int(o.l0))
-    for done, batch in enumerate(batches(x, o.steps)):
+        trainer = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer}[kind](**size, k=int(o["l0"]))
+    for done, batch in enumerate(batches(x, o["steps"])):
         trainer.update(done, batch / scale)
     ae = trainer.ae
     if kind == "jumprelu":
@@ -135,7 +119,7 @@ def dictionary_learning(kind: str, x: torch.Tensor, o: argparse.Namespace) -> Te
     return found
 
 
-TRAINERS = {f.__name__: f for f in (own, saelens, dictionary_learning)}
+TRAINERS = {f.__name__: f for f in (gemscope, saelens, dictionary_learning)}
 
 
 def main() -> None:
@@ -144,16 +128,12 @@ def main() -> None:
     parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("kind", choices=("topk", "batchtopk", "jumprelu"))
     parser.add_argument("--rows", type=Path, required=True)
-    for name, value in {"l0": 20.0, "rate": 1e-3, "weight": 1e-2, "first": 4.0}.items():
-        parser.add_argument(f"--{name}", type=float, default=value)
-    for name, value in {"steps": 1500, "d-sae": 1024}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--product", default="float32")
+    parser.add_argument("--options", type=json.loads, required=True)
     o = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x = torch.from_numpy(np.load(o.rows / "x.npy"))
-    found = TRAINERS[o.trainer](o.kind, x, o)
+    found = TRAINERS[o.trainer](o.kind, x, o.options)
     np.savez(o.rows / "out.npz", **{name: t.detach().float().contiguous().numpy() for name, t in found.items()})
 
 

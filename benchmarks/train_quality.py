@@ -4,11 +4,11 @@ Two sets of rows. ``synthetic``: sums of a few of many known directions, more th
 frequency, with noise. ``microworld-it``: its residual stream after layer 1, read from a store; held-out rows are of
 other documents, and no features are known. Every trainer sees the same batches. All dictionaries are then measured by
 the same code, with the same L0 on held-out rows: thresholds, or k where there are none, are set to it on other rows.
-All trainers are tried at two learning rates, and for JumpReLU ours beginning with 4 and 10 times the L0, SAELens (with
---peers PYTHON) with two weights; the best FVU counts.
+Every trainer is tried with four settings, SAELens' JumpReLU (with --peers PYTHON) with six; the best FVU counts.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -31,14 +31,25 @@ from gemscope.suites.corpus import GeneratedText
 from gemscope.training.calibration import threshold_factor
 
 TRAIN = Path(__file__).with_name("_quality.py")
-DATA = ("synthetic", "microworld-it")
+DATA, PEERS = ("synthetic", "microworld-it"), ("saelens", "dictionary_learning")
 D, FEATURES, ACTIVE, D_SAE = 128, 256, 12.0, 512
-SEARCH = {
-    "own": [{"rate": r, "first": 8 / 3} for r in (4e-3, 6e-3)],
-    "own jumprelu": [{"rate": r, "first": f} for r in (4e-3, 6e-3) for f in (4.0, 10.0)],
-    "saelens": [{"rate": r} for r in (1e-3, 3e-3)],
-    "saelens jumprelu": [{"rate": r, "weight": w} for r in (1e-3, 3e-3) for w in (1e-3, 1e-2)],
-    "dictionary_learning": [{"rate": r} for r in (1e-3, 3e-3)],
+LINEAR = {
+    "sparsity": "linear",
+    "sparsity_weight": 0.01,
+    "threshold_learning_rate": 4e-3,
+    "annealing": 0.6,
+    "decay": 0.4,
+}
+QUADRATIC = {"sparsity_weight": 0.1, "threshold_learning_rate": 5e-4, "bandwidth": 1.5}
+LARGER_K, MOMENTUM = {"first_k_factor": 8 / 3}, {"beta1": 0.9}
+RATES = [{"rate": r} for r in (1e-3, 3e-3, 6e-3, 1e-2)]
+SEARCH: dict[str, list[dict[str, Any]]] = {
+    "gemscope": [{"learning_rate": r, **how} for r in (6e-3, 1e-2) for how in (LARGER_K, MOMENTUM)],
+    "gemscope jumprelu": [{"learning_rate": 6e-3, "first_l0_factor": f, **LINEAR} for f in (4.0, 10.0)]
+    + [{"learning_rate": r, **QUADRATIC} for r in (6e-3, 1e-2)],
+    "saelens": RATES,
+    "saelens jumprelu": [{"rate": r, "weight": w} for r in (1e-3, 3e-3, 1e-2) for w in (1e-2, 1e-1)],
+    "dictionary_learning": RATES,
 }
 
 
@@ -109,7 +120,7 @@ def scores(sae: SAE, x: torch.Tensor, known: Known | None) -> dict[str, float]:
 def train(python: str, trainer: str, kind: str, folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """One run in a process of its own."""
     command = [python, str(TRAIN), trainer, kind, "--rows", str(folder)]
-    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command += ["--options", json.dumps(options)]
     subprocess.run(command, check=True, capture_output=True)
     with np.load(folder / "out.npz", allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
@@ -125,8 +136,8 @@ def main() -> None:
     parser.add_argument("--data", choices=DATA, action="append", help="only these rows")
     o = parser.parse_args()
     steps, rows = (30, 20_000) if o.quick else (o.steps, 300_000)
-    runs = [("own", "float32"), ("own", "bfloat16")]
-    runs += [("saelens", "float32"), ("dictionary_learning", "float32")] if o.peers else []
+    runs = [("gemscope", "float32"), ("gemscope", "bfloat16")]
+    runs += [(peer, "") for peer in PEERS] if o.peers else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for data in o.data or DATA:
@@ -141,12 +152,11 @@ def main() -> None:
                 for trainer, product in runs:
                     tried = []
                     for search in SEARCH.get(f"{trainer} {kind}", SEARCH[trainer]):
-                        given = search | {"steps": steps, "l0": ACTIVE, "d-sae": D_SAE}
-                        given |= {"product": product} if trainer == "own" else {}
-                        weights = train(sys.executable if trainer == "own" else o.peers, trainer, kind, folder, given)
+                        given = search | {"steps": steps, "l0": ACTIVE, "d_sae": D_SAE, "product_dtype": product}
+                        weights = train(o.peers if trainer in PEERS else sys.executable, trainer, kind, folder, given)
                         tried.append((scores(at_l0(weights, kind, calibration, ACTIVE), held_out, known), search))
                     best, search = min(tried, key=lambda pair: pair[0]["FVU"])
-                    label = f"{data}, {f'gemscope {product}' if trainer == 'own' else trainer} {kind}"
+                    label = " ".join(filter(None, (f"{data},", trainer, product, kind)))
                     on = f"{about}, d_sae {D_SAE}, {steps} steps of 1024 rows, {search}; {machine()}"
                     report([Result(f"{label}, {n}", v, "", on) for n, v in best.items()], o.json)
 

@@ -66,4 +66,4 @@ class QuickstartConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return asdict(self) | {"nested_parts": list(self.nested_parts)}

@@ -1,5 +1,6 @@
 """A suite is built stage by stage; what is there is kept, what depends on a change is made again."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -145,7 +146,7 @@ def test_only_what_is_missing_or_damaged_is_made_again_and_comes_out_the_same(co
     ],
 )
 def test_a_changed_configuration_remakes_what_depends_on_it(copy, model, change, worked):
-    suite, seen = run(model, copy, QuickstartConfig(**(CONFIG.as_dict() | change)))
+    suite, seen = run(model, copy, replace(CONFIG, **change))
     assert seen == worked
     assert suite.about["config"] == CONFIG.as_dict() | change
 
@@ -177,7 +178,7 @@ def test_a_suite_under_change_is_not_called_whole(copy, model, monkeypatch):
 
     monkeypatch.setattr(module, "train", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(model, copy, QuickstartConfig(**(CONFIG.as_dict() | {"steps": 5})))
+        run(model, copy, replace(CONFIG, steps=5))
     assert not (copy / "suite.json").exists()
 
 
@@ -212,6 +213,10 @@ def test_the_folder_of_another_model_is_not_touched(copy, model):
 def test_every_dictionary_holds_smaller_ones(model, d_sae, prefixes):
     (site, *_) = model.every_layer("resid_post")
     assert replace(CONFIG, d_sae=d_sae, target_l0=0.5).train_config(site).prefixes == prefixes
+
+
+def test_a_config_is_the_same_after_json():
+    assert json.loads(json.dumps(CONFIG.as_dict())) == CONFIG.as_dict()
 
 
 def test_a_dictionary_may_be_plain(model):
