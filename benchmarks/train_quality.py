@@ -33,19 +33,14 @@ from gemscope.training.calibration import threshold_factor
 TRAIN = Path(__file__).with_name("_quality.py")
 DATA, PEERS = ("synthetic", "microworld-it"), ("saelens", "dictionary_learning")
 D, FEATURES, ACTIVE, D_SAE = 128, 256, 12.0, 512
-LINEAR = {
-    "sparsity": "linear",
-    "sparsity_weight": 0.01,
-    "threshold_learning_rate": 4e-3,
-    "annealing": 0.6,
-    "decay": 0.4,
-}
-QUADRATIC = {"sparsity_weight": 0.1, "threshold_learning_rate": 5e-4, "bandwidth": 1.5}
 LARGER_K, MOMENTUM = {"first_k_factor": 8 / 3}, {"beta1": 0.9}
+LINEAR = {"sparsity": "linear", "sparsity_weight": 0.01, "first_l0_factor": 10.0, "annealing": 0.6, "decay": 0.4}
+SLOW, FAST = {"threshold_learning_rate": 4e-3}, {"threshold_learning_rate": 8e-3, "dead_weight": 0.0, **MOMENTUM}
+QUADRATIC = {"sparsity_weight": 0.1, "threshold_learning_rate": 5e-4, "bandwidth": 1.5}
 RATES = [{"rate": r} for r in (1e-3, 3e-3, 6e-3, 1e-2)]
 SEARCH: dict[str, list[dict[str, Any]]] = {
-    "gemscope": [{"learning_rate": r, **how} for r in (6e-3, 1e-2) for how in (LARGER_K, MOMENTUM)],
-    "gemscope jumprelu": [{"learning_rate": 6e-3, "first_l0_factor": f, **LINEAR} for f in (4.0, 10.0)]
+    "gemscope": [{"learning_rate": r, **how} for r in (1e-2, 1.6e-2) for how in (LARGER_K, MOMENTUM)],
+    "gemscope jumprelu": [{"learning_rate": r, **LINEAR, **how} for r, how in ((6e-3, SLOW), (1e-2, FAST))]
     + [{"learning_rate": r, **QUADRATIC} for r in (6e-3, 1e-2)],
     "saelens": RATES,
     "saelens jumprelu": [{"rate": r, "weight": w} for r in (1e-3, 3e-3, 1e-2) for w in (1e-2, 1e-1)],
