@@ -1,5 +1,7 @@
 """The whole evaluation on the built-in model: instruments that find what is there, and controls that find nothing."""
 
+from dataclasses import replace
+
 import pytest
 
 from gemscope.activations.harvest import harvest
@@ -20,11 +22,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def measured() -> tuple[Evaluation, ...]:
-    """A plain SAE and a Matryoshka of the same width and L0 target."""
+    """A plain SAE and a Matryoshka of the same width and L0 target, with the quickstart's rate and prefixes."""
     gemma = Gemma.load("microworld-it")
     rows = harvest(gemma, training_text(gemma, 60_000, 0), [SITE], batch_tokens=2048)
-    plain = TrainConfig(SITE, d_sae=512, target_l0=24.0, steps=200, batch_size=1024)
-    nested = TrainConfig(SITE, d_sae=512, target_l0=24.0, steps=200, batch_size=1024, prefixes=(64, 128, 256))
+    plain = TrainConfig(SITE, d_sae=512, target_l0=24.0, steps=200, batch_size=1024, learning_rate=6e-3)
+    nested = replace(plain, prefixes=(16, 64, 256))
     subjects = [
         Subject(name, one.dictionary, (SITE,), (SITE,))
         for name, one in zip(("plain", "Matryoshka"), train(rows, [plain, nested]), strict=True)
@@ -65,8 +67,8 @@ def test_every_figure_has_an_interval_that_holds_it(measured):
                 assert best.auroc_interval[0] <= best.auroc <= best.auroc_interval[1]
 
 
-def test_concepts_are_covered_even_by_small_and_short_training(measured):
-    for one in measured:
-        found, of = one.concepts.found
-        assert of >= 30
-        assert found / of >= 0.6
+def test_nested_dictionaries_cover_concepts_even_in_small_and_short_training(measured):
+    (found_plain, of), (found, _) = (one.concepts.found for one in measured)
+    assert of >= 30
+    assert found / of >= 0.7
+    assert found > 1.2 * found_plain
