@@ -1,4 +1,4 @@
-"""One dictionary trained by one trainer on a world of known features; ``train_quality.py`` starts it.
+"""One dictionary trained by one trainer on given rows; ``train_quality.py`` starts it.
 
 usage: _quality.py TRAINER KIND --rows FOLDER --options JSON; FOLDER holds x.npy (training rows) and gets the finished
 dictionary for raw activations as out.npz. The options are l0, steps and d_sae, for peers rate (and weight) too, for
@@ -47,7 +47,7 @@ def gemscope(kind: str, x: torch.Tensor, o: dict[str, Any]) -> Tensors:
 
 
 def saelens(kind: str, x: torch.Tensor, o: dict[str, Any]) -> Tensors:
-    """SAELens on rows of norm sqrt(d), as it asks for, at the learning rate of its examples."""
+    """SAELens on rows of norm sqrt(d), as it asks for."""
     import sae_lens as s
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -91,7 +91,7 @@ def saelens(kind: str, x: torch.Tensor, o: dict[str, Any]) -> Tensors:
 
 
 def dictionary_learning(kind: str, x: torch.Tensor, o: dict[str, Any]) -> Tensors:
-    """dictionary_learning on rows of norm 1, as it asks for, with its default learning rate unless given."""
+    """dictionary_learning on rows of norm 1, as it asks for."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer

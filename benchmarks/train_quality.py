@@ -114,8 +114,7 @@ def scores(sae: SAE, x: torch.Tensor, known: Known | None) -> dict[str, float]:
 
 def train(python: str, trainer: str, kind: str, folder: Path, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """One run in a process of its own."""
-    command = [python, str(TRAIN), trainer, kind, "--rows", str(folder)]
-    command += ["--options", json.dumps(options)]
+    command = [python, str(TRAIN), trainer, kind, "--rows", str(folder), "--options", json.dumps(options)]
     subprocess.run(command, check=True, capture_output=True)
     with np.load(folder / "out.npz", allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
