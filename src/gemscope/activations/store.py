@@ -14,7 +14,8 @@ from gemscope.activations.order import Position, Reading
 from gemscope.activations.places import Folder, Place, place_of
 from gemscope.activations.plan import FORMAT, VERSION, Plan
 from gemscope.activations.planned import PlannedRows
-from gemscope.activations.reading import Contents, Shard, StoreReader, unpacked_bits
+from gemscope.activations.pools import Contents, Shard, unpacked_bits
+from gemscope.activations.reading import StoreReader
 from gemscope.activations.sets import document_share
 from gemscope.activations.shards import ITEM_BYTES, FileRecord, acts_header, check_size
 from gemscope.activations.statistics import SiteStatistics
@@ -132,7 +133,7 @@ class Store(PlannedRows):
         reading = reading or self.reading(wanted)
         contents = Contents(self.place, self.plan, self.shards, self.keep)
         reader = StoreReader(contents, wanted, seed, reading, threads, origin)
-        return Stream(reader, wanted, batch_size, seed, start=start or Position(), epochs=epochs, device=device)
+        return Stream(reader, wanted, batch_size, start=start or Position(), epochs=epochs, device=device)
 
     def reading(self, sites: Sequence[Site]) -> Reading:
         """How much is mixed at a time by default: 2**17 rows, fewer where they would take more than 512 MiB."""

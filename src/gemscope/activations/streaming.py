@@ -4,6 +4,7 @@ Units of the source are permuted, a few at a time are open, their documents are 
 rows of a pool are permuted: the shuffle of a store, with a forward pass in the place of a read.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from gemscope.activations.plan import HarvestConfig, Plan, make_plan
 from gemscope.activations.planned import PlannedRows
 from gemscope.activations.sets import document_share
 from gemscope.activations.sources import Source, Text
-from gemscope.activations.stream import Origin, Pool, Stream
+from gemscope.activations.stream import Cut, Origin, Part, Pool, Stream
 from gemscope.activations.units import Bucket, fill
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
@@ -87,7 +88,7 @@ class LiveActivations(PlannedRows):
         """
         wanted = [self.check_site(site) for site in sites]
         reader = _LiveReader(self, wanted, seed)
-        return Stream(reader, wanted, batch_size, seed, start=start or Position(), epochs=epochs, device=device)
+        return Stream(reader, wanted, batch_size, start=start or Position(), epochs=epochs, device=device)
 
     def wanted(self, document: int) -> bool:
         """Whether a document is on this side."""
@@ -104,29 +105,32 @@ class _LiveReader:
         self._live, self._seed = live, seed
         plan = live.plan
         self._plan = replace(plan, sites={site: plan.sites[site] for site in sites})
-        self._buckets: list[Bucket | None] = [None, None]
-        self._turn = 0
         self._window: tuple[int, int, list[tuple[int, Text]]] | None = None
 
     def pools(self, epoch: int) -> int:
         """One a unit."""
         return self._plan.units
 
-    def load(self, epoch: int, pool: int) -> Pool:
+    def load(self, epoch: int, pool: int, cut: Cut) -> Pool:
         """Run the documents of a pool."""
         chosen = self._documents(epoch, pool)
         plan, gemma = self._plan, self._live.gemma
         texts = [text for _, text in chosen]
         pieces = encode(gemma, texts, 0, int(plan.config["context"]))
         rows = int(pieces.content.sum())
-        bucket = self._room(rows)
+        bucket = Bucket.empty(plan, rows)
         if rows:
             for _ in fill(gemma, plan, pieces, np.arange(len(pieces)), [self._seed, epoch, pool, LIVE_ROWS], bucket):
                 pass
         numbers = np.array([number for number, _ in chosen], dtype=np.int64)
         doc = numbers[bucket.doc] if bucket.rows else np.empty(0, np.int64)
-        origin = Origin(torch.from_numpy(doc), torch.from_numpy(bucket.pos), torch.from_numpy(bucket.token))
-        return Pool(bucket.rows, bucket.data, origin)
+        columns = [torch.from_numpy(one) for one in (doc, bucket.pos, bucket.token)]
+        parts, start = deque[Part](), cut.row
+        for size in cut.sizes(bucket.rows):
+            mine = slice(start, start + size)
+            parts.append(({site: x[mine] for site, x in bucket.data.items()}, Origin(*(x[mine] for x in columns))))
+            start += size
+        return Pool(bucket.rows, parts)
 
     def _documents(self, epoch: int, pool: int) -> list[tuple[int, Text]]:
         """(number, text) of the documents of a pool: a share of the permuted documents of the open units."""
@@ -147,13 +151,3 @@ class _LiveReader:
         texts, share = self._window[2], pool - first
         cuts = [len(texts) * i // len(members) for i in (share, share + 1)]
         return texts[cuts[0] : cuts[1]]
-
-    def _room(self, rows: int) -> Bucket:
-        """The memory that was not used for the last pool, enlarged if need be."""
-        self._turn = 1 - self._turn
-        bucket = self._buckets[self._turn]
-        if bucket is None or any(len(x) < rows for x in bucket.data.values()):
-            bucket = Bucket.empty(self._plan, rows + rows // 8 + 1)
-            self._buckets[self._turn] = bucket
-        bucket.rows, bucket.doc, bucket.pos, bucket.token = 0, *(3 * (np.empty(0, np.int32),))
-        return bucket

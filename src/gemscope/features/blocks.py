@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gemscope.activations.positions import bucketed, content_mask
-from gemscope.activations.reading import unpacked_bits
+from gemscope.activations.pools import unpacked_bits
 from gemscope.activations.sets import ActivationSet
 from gemscope.activations.store import Store
 from gemscope.core.arrays import Bool, Int, Tensor

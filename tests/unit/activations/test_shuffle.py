@@ -129,7 +129,7 @@ def test_a_store_that_was_not_shuffled_fails(monkeypatch, tmp_path, text):
     # pools alone do not make up for it, nor would shuffled shards that are read one after the other
     reading = Reading(block_rows=512, open_shards=8, pool_rows=4000)
     assert not well_mixed(*drawn(plain.stream([SITE], 64, 0, epochs=1, origin=True, reading=reading)))
-    monkeypatch.setattr("gemscope.activations.stream.row_order", lambda rows, *_: np.arange(rows))
+    monkeypatch.setattr("gemscope.activations.pools.row_order", lambda rows, *_: np.arange(rows))
     assert not well_mixed(*drawn(plain.stream([SITE], 64, 0, epochs=1, origin=True)))
 
 
