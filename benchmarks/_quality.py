@@ -1,8 +1,8 @@
 """One dictionary trained by one trainer on given rows; ``train_quality.py`` starts it.
 
 usage: _quality.py TRAINER KIND --rows FOLDER --options JSON; FOLDER holds x.npy (training rows) and gets the finished
-dictionary for raw activations as out.npz. The options are l0, steps and d_sae, for peers rate (and weight) too, for
-gemscope whatever TrainConfig has. Imports nothing else of the house but, for ``gemscope``, the package.
+dictionary for raw activations as out.npz. The options are seed, l0, steps and d_sae, for peers rate (and weight) too,
+for gemscope whatever TrainConfig has. Imports nothing else of the house but, for ``gemscope``, the package.
 """
 
 import argparse
@@ -20,9 +20,9 @@ BATCH = 1024
 Tensors = dict[str, torch.Tensor]
 
 
-def batches(x: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
+def batches(x: torch.Tensor, steps: int, seed: int) -> Iterator[torch.Tensor]:
     """The same batches for everybody."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
     per_epoch = len(x) // BATCH
     for i in range(steps):
@@ -41,7 +41,7 @@ def gemscope(kind: str, x: torch.Tensor, o: dict[str, Any]) -> Tensors:
     site, given = Site("resid_post", 0), dict(o)
     config = TrainConfig(site, target_l0=given.pop("l0"), activation=kind, batch_size=BATCH, **given)
     learner = SingleLayerLearner(config, {site: x[:16384]})
-    for done, batch in enumerate(batches(x, config.steps)):
+    for done, batch in enumerate(batches(x, config.steps, config.seed)):
         learner.update({site: batch}, done)
     return dict(learner.finished({site: x[:16384]})[0].named_parameters())
 
@@ -73,7 +73,7 @@ def saelens(kind: str, x: torch.Tensor, o: dict[str, Any]) -> Tensors:
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
     with torch.no_grad():
         sae.b_dec.copy_(x.mean(0) / scale)
-    for batch in batches(x, o["steps"]):
+    for batch in batches(x, o["steps"], o["seed"]):
         trainer.step(batch / scale)
         trainer.n_training_steps += 1
     w = {name: t.detach() for name, t in sae.named_parameters()}
@@ -103,7 +103,7 @@ def dictionary_learning(kind: str, x: torch.Tensor, o: dict[str, Any]) -> Tensor
         trainer = JumpReluTrainer(**size, target_l0=o["l0"], sparsity_warmup_steps=o["steps"] // 20)
     else:
         trainer = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer}[kind](**size, k=int(o["l0"]))
-    for done, batch in enumerate(batches(x, o["steps"])):
+    for done, batch in enumerate(batches(x, o["steps"], o["seed"])):
         trainer.update(done, batch / scale)
     ae = trainer.ae
     if kind == "jumprelu":
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, required=True)
     o = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(o.options["seed"])
     x = torch.from_numpy(np.load(o.rows / "x.npy"))
     found = TRAINERS[o.trainer](o.kind, x, o.options)
     np.savez(o.rows / "out.npz", **{name: t.detach().float().contiguous().numpy() for name, t in found.items()})

@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from gemscope.activations.positions import bucketed, content_mask
 from gemscope.activations.pools import unpacked_bits
+from gemscope.activations.positions import bucketed, content_mask
 from gemscope.activations.sets import ActivationSet
 from gemscope.activations.store import Store
 from gemscope.core.arrays import Bool, Int, Tensor
