@@ -163,7 +163,7 @@ def main() -> None:
                     seen = [first, *(score(run(best | fixed | {"seed": seed})) for seed in range(1, o.seeds))]
                     label = " ".join(filter(None, (f"{data},", trainer, product, kind)))
                     every = " ".join(f"{one['FVU']:.4f}" for one in seen)
-                    on = f"mean of {o.seeds} seeds (FVU {every}); {about}, d_sae {D_SAE}, {steps} steps of 1024 rows"
+                    on = f"mean of {len(seen)} seeds (FVU {every}); {about}, d_sae {D_SAE}, {steps} steps of 1024 rows"
                     on += f", {best}"
                     means = {name: float(np.mean([one[name] for one in seen])) for name in first}
                     report([Result(f"{label}, {n}", v, "", f"{on}; {machine()}") for n, v in means.items()], o.json)

@@ -16,7 +16,7 @@ from gemscope.activations.shards import FileRecord
 Span = tuple[int, int, int]
 """(shard, first row, one after the last)."""
 
-_REMEMBERED = 4
+_REMEMBERED = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +47,27 @@ class Contents:
 class PoolOrder:
     """The rows of a pool, and their order."""
 
+    contents: Contents
     spans: Sequence[Span]
     """Rows to read, in the order of the disk."""
-    place: Ints
-    """For each of these rows its place in the pool; -1 for one that is not wanted."""
-    rows: int
-    """How many are wanted."""
+    first: Sequence[int]
+    """How many rows are wanted before each span, and in all."""
+    order: npt.NDArray[np.int32]
+    """For each wanted row its place in the pool."""
+
+    @property
+    def rows(self) -> int:
+        """How many are wanted."""
+        return len(self.order)
+
+    def place(self, number: int) -> npt.NDArray[np.int32]:
+        """For each row of a span its place in the pool; -1 for one that is not wanted."""
+        wanted = self.order[self.first[number] : self.first[number + 1]]
+        if self.contents.keep is None:
+            return wanted
+        found = np.full(self.spans[number][2] - self.spans[number][1], -1, np.int32)
+        found[self.contents.kept(*self.spans[number])] = wanted
+        return found
 
 
 class PoolOrders:
@@ -79,11 +94,10 @@ class PoolOrders:
     def _make(self, epoch: int, pool: int) -> PoolOrder:
         runs = self._epoch(epoch).runs(pool)
         spans: list[Span] = list(zip(runs.shard.tolist(), runs.start.tolist(), runs.stop.tolist(), strict=True))
-        keep = np.concatenate([self._contents.kept(*span) for span in spans])
-        wanted = np.flatnonzero(keep)
-        place = np.full(len(keep), -1)
-        place[wanted[row_order(len(wanted), self._seed, epoch, pool)]] = np.arange(len(wanted))
-        return PoolOrder(spans, place, len(wanted))
+        first = np.cumsum([0, *(int(self._contents.kept(*span).sum()) for span in spans)]).tolist()
+        order = np.empty(first[-1], np.int32)
+        order[row_order(len(order), self._seed, epoch, pool)] = np.arange(len(order), dtype=np.int32)
+        return PoolOrder(self._contents, spans, first, order)
 
     def _epoch(self, epoch: int) -> EpochOrder:
         if (found := self._epochs.get(epoch)) is None:

@@ -29,13 +29,13 @@ _Extent = tuple[int, int, int]
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
-    """Rows to be read: where they go, and where they are."""
+    """A span to be read: where its rows go, and where they are."""
 
+    order: PoolOrder
+    number: int
     places: Places
-    first: int
-    last: int
     handle: int
     offset: int
 
@@ -112,14 +112,12 @@ class StoreReader:
         return [self._lender.rows(n, width) if n == whole else np.empty((n, width), np.uint8) for n in sizes]
 
     def _jobs(self, order: PoolOrder, cut: Cut, memory: Mapping[str, Sequence[Bytes]], handles: _Handles) -> list[_Job]:
-        at = np.cumsum([0, *(stop - start for _, start, stop in order.spans)]).tolist()
-        place = np.maximum(order.place - cut.row, -1)
         jobs: list[_Job] = []
         for column in self._columns:
-            places = Places(memory[column], place)
-            for span, first, last in zip(order.spans, at, at[1:], strict=False):
+            places = Places(memory[column], self._row_bytes(column), cut.row)
+            for number, span in enumerate(order.spans):
                 handle, offset, _ = self._locate(column, span, handles)
-                jobs.append(_Job(places, first, last, handle, offset))
+                jobs.append(_Job(order, number, places, handle, offset))
         return jobs
 
     def _extents(self, order: PoolOrder, handles: _Handles) -> list[_Extent]:
@@ -161,7 +159,7 @@ def _work(soon: Sequence[_Extent], now: Sequence[_Job]) -> None:
     """The disk is told what comes next before what is there is copied: it is at its fastest with much to do."""
     _announce(soon)
     for job in now:
-        job.places.read(job.handle, job.offset, job.first, job.last)
+        job.places.read(job.handle, job.offset, job.order.place(job.number))
 
 
 def _announce(extents: Sequence[_Extent]) -> None:

@@ -3,59 +3,65 @@
 import ctypes
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gemscope.activations.lending import Bytes
-from gemscope.activations.order import Ints
 from gemscope.core.errors import FormatError
-
-_AT_ONCE = os.sysconf("SC_IOV_MAX")
-"""Places that one call of the system takes."""
-
-_preadv = ctypes.CDLL(None, use_errno=True).preadv
-_preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
-_preadv.restype = ctypes.c_ssize_t
 
 
 class Places:
     """Places for rows in arrays, which stay in memory while there is one of these."""
 
-    def __init__(self, memory: Sequence[Bytes], place: Ints) -> None:
-        """Row i goes to row ``place[i]`` of the arrays, counted through them, or nowhere where ``place[i]`` is -1.
+    def __init__(self, memory: Sequence[Bytes], width: int, skipped: int = 0) -> None:
+        """Place ``skipped`` is the first row of the arrays, and so on through them; the places before it are nowhere.
 
-        The arrays are [places, bytes a row]. Raises ValueError for a place that they do not have.
+        The arrays are [places, ``width``].
         """
-        (self._width,) = {one.shape[1] for one in memory}
-        spots = np.concatenate([one.ctypes.data + self._width * np.arange(len(one)) for one in memory])
-        fit = all(one.flags.c_contiguous and one.flags.writeable for one in memory)
-        if not fit or np.any((place < -1) | (place >= len(spots))):
-            raise ValueError(f"there are not all the places in {len(spots)} rows of memory")
-        nowhere = np.empty(self._width, np.uint8)
-        self._memory = [*memory, nowhere]
-        self._vectors = np.empty((len(place), 2), np.uintp)  # struct iovec: where it goes, how many bytes
-        self._vectors[:, 0] = np.append(spots, nowhere.ctypes.data)[place]
-        self._vectors[:, 1] = self._width
+        if not all(one.flags.c_contiguous and one.flags.writeable and one.shape[1] == width for one in memory):
+            raise ValueError(f"memory for rows of {width} bytes is not writable, contiguous and that wide")
+        nowhere = np.empty(width, np.uint8)
+        self._memory, self._width = [*memory, nowhere], width
+        spots = [one.ctypes.data + width * np.arange(len(one)) for one in memory]
+        none = np.array([nowhere.ctypes.data])
+        self._spots = np.concatenate([none.repeat(skipped), *spots, none]).astype(np.uintp)
 
-    def read(self, handle: int, offset: int, first: int, last: int) -> None:
-        """Read rows ``first`` to ``last`` from byte ``offset`` on; raises FormatError when the file cannot be read or
-        ends too early.
+    def read(self, handle: int, offset: int, place: npt.NDArray[np.integer[Any]]) -> None:
+        """Row i of those that begin at byte ``offset`` goes to ``place[i]``, or nowhere where that is -1.
+
+        Raises FormatError when the file cannot be read or ends too early, and ValueError, before anything is read, for
+        a place that there is not.
         """
-        if not 0 <= first <= last <= len(self._vectors):
-            raise ValueError(f"rows {first} to {last} of {len(self._vectors)}")
-        while first < last:
-            count = _preadv(
-                handle,
-                self._vectors.ctypes.data + self._vectors.strides[0] * first,
-                min(last - first, _AT_ONCE),
-                offset,
-            )
+        if len(place) and not -1 <= place.min() <= place.max() < len(self._spots) - 1:
+            raise ValueError(f"there are not all the places among {len(self._spots) - 1}")
+        parts = np.empty((len(place), 2), np.uintp)  # struct iovec: where it goes, how many bytes
+        parts[:, 0], parts[:, 1] = self._spots[place], self._width
+        preadv, at_once = _system()
+        done = read = 0
+        while done < len(parts):
+            now = parts[done : done + at_once]
+            count = preadv(handle, now.ctypes.data, len(now), offset)
             if count < 0:
                 if (number := ctypes.get_errno()) == errno.EINTR:
                     continue
                 raise FormatError(f"cannot read a shard ({os.strerror(number)}); verify the store.")
-            if count < self._width:
+            if count == 0:
                 raise FormatError("a shard ends before its last row; it was truncated while open: verify the store.")
-            rows = count // self._width
-            first, offset = first + rows, offset + rows * self._width
+            offset += count
+            rows, rest = divmod(read + count, self._width)
+            done, read = done + rows, rest
+            if rest:  # of this row the last bytes are missing
+                parts[done] = int(self._spots[place[done]]) + rest, self._width - rest
+
+
+@cache
+def _system() -> tuple[Callable[..., int], int]:
+    """(preadv, places that it takes at once)."""
+    preadv = ctypes.CDLL(None, use_errno=True).preadv
+    preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
+    preadv.restype = ctypes.c_ssize_t
+    return preadv, os.sysconf("SC_IOV_MAX")

@@ -41,7 +41,9 @@ class Cut:
     """Of a batch."""
 
     def sizes(self, rows: int) -> list[int]:
-        """Rows of each part of a pool of so many rows."""
+        """Rows of each part of a pool of so many rows; raises InputError when there are none left."""
+        if self.row >= rows > 0:
+            raise InputError(f"row {self.row} of a pool of {rows} rows: this is a position in another stream.")
         left = rows - self.row
         first = min(self.first, left)
         whole, rest = divmod(left - first, self.size)
@@ -144,7 +146,8 @@ class _Steps:
     def _to_device(self, x: Tensor) -> Tensor:
         if self.device is None or self.device.type == "cpu":
             return x
-        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+        cuda = self.device.type == "cuda"
+        return (x.pin_memory() if cuda else x).to(self.device, non_blocking=cuda)
 
     def _joined(self) -> Generator[_Step]:
         """Batches, put together where one begins in one pool and ends in the next."""

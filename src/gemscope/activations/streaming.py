@@ -36,7 +36,7 @@ class LiveActivations(PlannedRows):
     source: Source
     plan: Plan
     pool_rows: int
-    """Rows mixed at a time, about; two pools are in memory."""
+    """Rows mixed at a time, about; up to three pools are in memory."""
     side: tuple[bool, float, int] | None = None
     """(whether held out, share, seed) of a split; None: all documents."""
 
@@ -125,10 +125,11 @@ class _LiveReader:
         numbers = np.array([number for number, _ in chosen], dtype=np.int64)
         doc = numbers[bucket.doc] if bucket.rows else np.empty(0, np.int64)
         columns = [torch.from_numpy(one) for one in (doc, bucket.pos, bucket.token)]
-        parts, start = deque[Part](), cut.row
+        parts, start = deque[Part](), cut.row  # copied: a batch that is kept must not keep its pool
         for size in cut.sizes(bucket.rows):
             mine = slice(start, start + size)
-            parts.append(({site: x[mine] for site, x in bucket.data.items()}, Origin(*(x[mine] for x in columns))))
+            acts = {site: x[mine].clone() for site, x in bucket.data.items()}
+            parts.append((acts, Origin(*(x[mine].clone() for x in columns))))
             start += size
         return Pool(bucket.rows, parts)
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import weakref
 from collections import deque
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemscope.activations import scatter
 from gemscope.activations.lending import Lender
 from gemscope.activations.order import Position
 from gemscope.activations.scatter import Places
@@ -68,20 +70,37 @@ def test_nothing_to_stream_is_refused(sites, size):
         Stream(Counting([3]), sites, size, start=Position(), epochs=1)
 
 
-def test_lent_memory_comes_back_when_nobody_holds_it():
+def test_a_position_of_another_stream_is_refused():
+    with pytest.raises(InputError, match="another stream"):
+        next(Stream(Counting([3, 4]), [SITE], 2, start=Position(0, 0, 3), epochs=1))
+
+
+@pytest.mark.parametrize("part", [lambda x: torch.from_numpy(x).view(torch.int32)[1:], lambda x: x[1:, 2:]])
+def test_lent_memory_comes_back_when_nobody_holds_a_part_of_it(part):
     lender = Lender(spare_bytes=2 * 12)
     address = (first := lender.rows(3, 4)).ctypes.data
-    tensor = torch.from_numpy(first).view(torch.int32)[1:]  # a part of a view of it
+    held = part(first)
     del first
     gc.collect()
     others = [lender.rows(3, 4) for _ in range(3)]
     assert address not in {one.ctypes.data for one in others}
-    del tensor
-    assert lender.rows(2, 6).ctypes.data != address
+    del held
+    assert lender.rows(3, 5).ctypes.data != address
     again = lender.rows(3, 4)
     assert again.ctypes.data == address
     del others, again
     assert [len(spare) for spare in lender._spare.values()] == [2, 1]  # no more than was allowed
+
+
+def test_what_is_spare_goes_with_the_lender():
+    lender = Lender(spare_bytes=10**6)
+    held, spare = lender.rows(3, 4), lender.rows(3, 4)
+    memory = weakref.ref(spare.base.base.obj)
+    del spare
+    assert memory() is not None
+    del lender
+    assert memory() is None
+    held[:] = 1
 
 
 @pytest.fixture
@@ -94,37 +113,47 @@ def rows(tmp_path):
     os.close(handle)
 
 
-def test_rows_are_read_to_their_places_in_several_arrays(rows):
-    """More of them than the system takes at once; some go nowhere; the rest of the memory is left alone."""
+@pytest.mark.parametrize("most", [10**9, 24 * 1024 + 5, 25, 7])
+def test_rows_are_read_to_their_places_in_several_arrays(rows, monkeypatch, most):
+    """More of them than the system takes at once, or a few bytes at a time; some go nowhere; the rest of the memory is
+    left alone.
+    """
     handle, x = rows
+    preadv, at_once = scatter._system()
+
+    def short(handle, vectors, count, offset):
+        whole = preadv(handle, vectors, count, offset)
+        return min(whole, most)  # what lies behind is read again
+
+    monkeypatch.setattr(scatter, "_system", lambda: (short, at_once))
     random = np.random.default_rng(1)
-    place = np.where(random.random(3000) < 0.2, -1, random.permutation(3500)[:3000])
+    place = np.where(random.random(3000) < 0.2, -1, random.permutation(3510)[:3000])
     memory = [np.full((n, 24), 7, np.uint8) for n in (1000, 1, 2499)]
-    places = Places(memory, place)
-    places.read(handle, 10, 0, 1700)
-    places.read(handle, 10 + 1700 * 24, 1700, 3000)
-    want = np.full((3500, 24), 7, np.uint8)
+    places = Places(memory, 24, skipped=10)
+    places.read(handle, 10, place[:1700])
+    places.read(handle, 10 + 1700 * 24, place[1700:])
+    want = np.full((3510, 24), 7, np.uint8)
     want[place[place >= 0]] = x[place >= 0]
-    assert np.array_equal(np.concatenate(memory), want)
+    assert np.array_equal(np.concatenate(memory), want[10:])
 
 
 def test_nothing_is_written_outside_the_memory(rows):
     room = np.zeros((10, 24), np.uint8)
-    for memory, place in (([room], [10]), ([room], [-2]), ([room[::2]], [0])):
+    for place in (12, -2):
         with pytest.raises(ValueError, match="places"):
-            Places(memory, np.array(place))
-    with pytest.raises(ValueError, match="rows 2 to 6 of 5"):
-        Places([room], np.arange(5)).read(rows[0], 10, 2, 6)
-    room.flags.writeable = False
-    with pytest.raises(ValueError, match="places"):
-        Places([room], np.arange(5))
+            Places([room], 24, skipped=2).read(rows[0], 10, np.array([place]))
+    frozen = room.copy()
+    frozen.flags.writeable = False
+    for memory in (room[::2], room[:, :20], frozen):
+        with pytest.raises(ValueError, match="rows of 24 bytes"):
+            Places([memory], 24)
 
 
 def test_a_file_that_ends_early_and_one_that_cannot_be_read_are_named(rows):
     handle, _ = rows
-    places = Places([np.zeros((3000, 24), np.uint8)], np.arange(3000))
+    places = Places([np.zeros((3000, 24), np.uint8)], 24)
     for offset in (11, 10 + 24, 10 + 24 * 2999):  # in the last row, before it, and after the first
         with pytest.raises(FormatError, match="ends before its last row"):
-            places.read(handle, offset, 0, 3000)
+            places.read(handle, offset, np.arange(3000))
     with pytest.raises(FormatError, match="Bad file descriptor"):
-        places.read(10**6, 10, 0, 3000)
+        places.read(10**6, 10, np.arange(3000))
