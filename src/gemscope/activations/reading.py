@@ -73,7 +73,7 @@ class StoreReader:
         self._columns = [*map(str, sites), *(_ORIGIN if origin else ())]
         self._orders = PoolOrders(contents, seed, reading)
         self._workers = ThreadPoolExecutor(threads, "shard")
-        self._parts = 4 * threads
+        self._shares = 4 * threads
         self._lender = Lender(2 * reading.pool_rows * sum(map(self._row_bytes, self._columns)))
         self._layouts: dict[tuple[str, int], tuple[str, int, int]] = {}
         self._announced: tuple[int, int] | None = None
@@ -97,13 +97,13 @@ class StoreReader:
             if left and isinstance(self._contents.place, Folder):
                 soon = self._extents(self._orders.get(epoch, left[0]), handles)
                 self._announced = epoch, left[0]
-            both = zip(_parts(soon, self._parts), _parts(now, self._parts), strict=True)
-            parts = [self._workers.submit(_work, *one) for one in both]
-            stack.callback(wait, parts)  # no file is closed while it is read
+            both = zip(_shared(soon, self._shares), _shared(now, self._shares), strict=True)
+            under_way = [self._workers.submit(_work, *one) for one in both]
+            stack.callback(wait, under_way)  # no file is closed while it is read
             for later in left[1:2]:
-                self._orders.get(epoch, later)
-            for part in parts:
-                part.result()
+                self._orders.get(epoch, later)  # made while others read, remembered for the next pool
+            for one in under_way:
+                one.result()
         return Pool(order.rows, deque(self._part({c: memory[c][i] for c in memory}) for i in range(len(sizes))))
 
     def _memory(self, sizes: Sequence[int], column: str, whole: int) -> list[Bytes]:
@@ -150,8 +150,8 @@ class StoreReader:
         return 4 if column in _ORIGIN else plan.sites[Site.parse(column)].width * ITEM_BYTES[plan.dtype]
 
 
-def _parts(all_: Sequence[_T], count: int) -> list[Sequence[_T]]:
-    """In order, about equally many in each."""
+def _shared(all_: Sequence[_T], count: int) -> list[Sequence[_T]]:
+    """In order, about equally many in each share."""
     return [all_[len(all_) * i // count : len(all_) * (i + 1) // count] for i in range(count)]
 
 

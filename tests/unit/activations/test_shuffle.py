@@ -151,3 +151,12 @@ def test_every_row_comes_once_and_belongs_to_its_token(store, text):
             assert token == stream.origin.token[i]
             torch.testing.assert_close(x[i], row, rtol=2e-2, atol=2e-2)
     assert sorted(seen) == sorted(table)
+
+
+def test_a_batch_that_is_kept_keeps_nothing_else(store, text):
+    live = LiveActivations.of(small.model(), text, CONFIG, pool_rows=8000)
+    for stream in (store.stream([SITE], 256, epochs=1, origin=True), live.stream([SITE], 256, epochs=1)):
+        for batch in stream:
+            origin = stream.origin
+            for x in (*batch.values(), origin.doc, origin.pos, origin.token):
+                assert x.untyped_storage().nbytes() == x.nbytes

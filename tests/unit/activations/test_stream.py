@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gemscope.activations import scatter
@@ -49,6 +49,7 @@ SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
 
 @settings(max_examples=50, deadline=None)
 @given(SIZES, st.integers(1, 12))
+@example([5, 0], 3)  # the last pool is empty, and rows are left over
 def test_batches_are_full_hold_every_row_in_order_and_go_on_at_any_place(sizes, size):
     reader, total = Counting(sizes), sum(sizes)
     stream = Stream(reader, [SITE], size, start=Position(), epochs=2)
