@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gemscope.features.index import Example, Feature, Relative
+from gemscope.features.feature import Example, Feature, Relative
 from gemscope.features.search import Hit
 from gemscope.features.steering import Side, Steered
 from gemscope.models.pieces import shown

@@ -1,4 +1,4 @@
-"""The part of an index that is searched by words: dictionaries, densities, labels and pieces in SQLite with FTS5."""
+"""The part of an index that is searched by words: dictionaries and labels in SQLite with FTS5."""
 
 import json
 import re
@@ -12,18 +12,22 @@ from typing import Any
 from gemscope.core.errors import FormatError, InputError
 from gemscope.core.files import atomic_path
 
-RANKED = 400
-"""Of more hits than these, only those that were added first are ranked: else a common word would take long."""
+LOOKED_AT = 400
+"""Of one source's labels only those among this many hits are found: else a common word would take long."""
 
-_READ = 2
-"""Labels read for each one given: the score is looked at among them."""
+_WORD = re.compile(r"[^\W_]+")
+_LONGEST = 255
+"""More words than these count as these."""
+_SCORES = (1 << 7) - 1
+"""Steps in which scores from 0 to 1 are told apart in a label's id."""
+_NUMBERS = (1 << 32) - 1
+"""The bits of a label's id that number it in the order of adding."""
 
 _SCHEMA = """
 CREATE TABLE dictionary (
     id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, latents INTEGER NOT NULL, first INTEGER NOT NULL,
     about TEXT NOT NULL
 );
-CREATE TABLE piece (id INTEGER PRIMARY KEY, text TEXT NOT NULL, special INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE label (
     id INTEGER PRIMARY KEY, feature INTEGER NOT NULL, source TEXT NOT NULL, text TEXT NOT NULL, score REAL,
     about TEXT
@@ -31,7 +35,7 @@ CREATE TABLE label (
 CREATE INDEX label_feature ON label (feature);
 CREATE INDEX label_source ON label (source, text);
 CREATE VIRTUAL TABLE words USING fts5 (
-    text, content='label', content_rowid='id', tokenize='porter unicode61', detail='column'
+    text, content='label', content_rowid='id', tokenize='porter unicode61', detail='column', columnsize=0
 );
 CREATE TRIGGER label_added AFTER INSERT ON label BEGIN
     INSERT INTO words (rowid, text) VALUES (new.id, new.text);
@@ -83,33 +87,22 @@ class Database:
         """Close it."""
         self._base.close()
 
-    def _rows(self, question: str, *values: Any) -> list[Any]:
+    @contextmanager
+    def _read(self, question: str, *values: Any) -> Generator[sqlite3.Cursor]:
         try:
-            return self._base.execute(question, values).fetchall()
+            with closing(self._base.execute(question, values)) as rows:
+                yield rows
         except sqlite3.DatabaseError as error:
             raise FormatError(f"{self.path} is damaged ({error}); make the index again.") from error
+
+    def _rows(self, question: str, *values: Any) -> list[Any]:
+        with self._read(question, *values) as rows:
+            return rows.fetchall()
 
     def dictionaries(self) -> list[tuple[str, int, int, dict[str, Any]]]:
         """(name, latents, number of the first one, about), in order."""
         rows = self._rows("SELECT name, latents, first, about FROM dictionary ORDER BY id")
         return [(name, latents, first, json.loads(about)) for name, latents, first, about in rows]
-
-    def pieces(self, ids: Iterable[int]) -> dict[int, tuple[str, bool]]:
-        """Token id -> (the vocabulary's spelling, whether it is a control token)."""
-        wanted = sorted({int(i) for i in ids})
-        found: dict[int, tuple[str, bool]] = {}
-        for at in range(0, len(wanted), 10_000):
-            some = wanted[at : at + 10_000]
-            marks = ",".join("?" * len(some))
-            rows = self._rows(f"SELECT id, text, special FROM piece WHERE id IN ({marks})", *some)
-            found |= {i: (text, bool(special)) for i, text, special in rows}
-        return found
-
-    def ids_of(self, texts: Iterable[str]) -> list[int]:
-        """Token ids with one of these spellings."""
-        wanted = list(texts)
-        marks = ",".join("?" * len(wanted))
-        return [row[0] for row in self._rows(f"SELECT id FROM piece WHERE text IN ({marks})", *wanted)]
 
     def labels(self, feature: int) -> list[Label]:
         """Labels of a latent, those with a score first."""
@@ -133,26 +126,25 @@ class Database:
         return [row[0] for row in self._rows("SELECT DISTINCT text FROM label WHERE source = ? ORDER BY text", source)]
 
     def search(self, words: str, limit: int, source: str | None = None) -> list[Label]:
-        """Labels with all the words, best first: fewest other words, then the highest score (BM25 where at most
-        ``RANKED`` labels have them); of very many equal ones, those added first.
+        """Labels with all the words until ``limit`` features have one, best first: fewest other words, then the highest
+        score, then those added first, which is the order of their ids.
 
         Words are stemmed; the last one may be a beginning, written ``cat*``. Raises InputError without any word.
         """
-        match = question_of(words)
-        hits = self._rows("SELECT rowid FROM words WHERE words MATCH ? LIMIT ?", match, RANKED + 1)
-        if len(hits) <= RANKED:
-            ranked, given = "SELECT rowid AS id, rank AS place FROM words WHERE words MATCH ?", [match]
-        else:  # the ranks would count every hit; the words' index knows how long each text is
-            some = "SELECT rowid FROM words WHERE words MATCH ? LIMIT ?"
-            ranked, given = f"SELECT id, sz AS place FROM words_docsize WHERE id IN ({some})", [match, RANKED]
-        few = RANKED if source is not None else _READ * limit  # of these the labels themselves are read
+        hits = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid"
+        given = [question_of(words)]
+        if source is not None:
+            hits, given = f"{hits} LIMIT {LOOKED_AT}", [*given, source]
         question = (
-            "SELECT label.feature, label.text, label.source, label.score, label.about"
-            f" FROM ({ranked} ORDER BY place, id LIMIT ?) AS hit JOIN label ON label.id = hit.id"
-            f" {'' if source is None else 'WHERE label.source = ?'}"
-            " ORDER BY hit.place, label.score DESC, label.id LIMIT ?"
+            f"SELECT feature, text, source, score, about FROM ({hits}) AS hit CROSS JOIN label ON label.id = hit.rowid"
+            f" {'' if source is None else 'WHERE source = ?'} ORDER BY hit.rowid"
         )
-        return [_label(row) for row in self._rows(question, *given, few, *([source] if source else []), limit)]
+        found, features = list[Label](), set[int]()
+        with self._read(question, *given) as rows:
+            while len(features) < limit and (row := rows.fetchone()):
+                found.append(_label(row))
+                features.add(found[-1].feature)
+        return found
 
 
 @contextmanager
@@ -167,18 +159,19 @@ def add_labels(path: Path, labels: Iterable[Label], replace: Sequence[str] = ())
     with writing(path) as base:
         for source in replace:
             base.execute("DELETE FROM label WHERE source = ?", (source,))
+        begin = base.execute("SELECT coalesce(max(id & ?), -1) + 1 FROM label", (_NUMBERS,)).fetchone()[0]
         rows = (
-            (one.feature, one.source, one.text, one.score, None if one.about is None else json.dumps(dict(one.about)))
-            for one in labels
+            (
+                _id_of(one, number),
+                one.feature,
+                one.source,
+                one.text,
+                one.score,
+                None if one.about is None else json.dumps(dict(one.about)),
+            )
+            for number, one in enumerate(labels, begin)
         )
-        base.executemany("INSERT INTO label (feature, source, text, score, about) VALUES (?, ?, ?, ?, ?)", rows)
-
-
-def add_pieces(path: Path, pieces: Mapping[int, tuple[str, bool]]) -> None:
-    """Add spellings of token ids."""
-    with writing(path) as base:
-        rows = ((i, text, int(special)) for i, (text, special) in pieces.items())
-        base.executemany("INSERT OR REPLACE INTO piece VALUES (?, ?, ?)", rows)
+        base.executemany("INSERT INTO label (id, feature, source, text, score, about) VALUES (?, ?, ?, ?, ?, ?)", rows)
 
 
 def tidy(path: Path) -> None:
@@ -195,6 +188,13 @@ def question_of(words: str) -> str:
     if not found:
         raise InputError(f"{words!r} has no word to search for; give at least one.")
     return " ".join(f'"{word.rstrip("*")}"{"*" if word.endswith("*") else ""}' for word in found)
+
+
+def _id_of(label: Label, number: int) -> int:
+    """An id in whose order labels are the best first: hits come in it from the words' index, and nothing is sorted."""
+    words = min(len(_WORD.findall(label.text)), _LONGEST)
+    worse = round(_SCORES * (1 - min(max(label.score or 0.0, 0.0), 1.0)))
+    return (words * (_SCORES + 1) + worse) * (_NUMBERS + 1) + number
 
 
 def _label(row: Sequence[Any]) -> Label:

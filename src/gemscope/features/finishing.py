@@ -21,6 +21,7 @@ from gemscope.features.best import Best
 from gemscope.features.config import IndexConfig
 from gemscope.features.histogram import bin_of, groups_of_bins
 from gemscope.features.passing import Part
+from gemscope.features.pieces import save_pieces
 from gemscope.features.spelling import readable
 from gemscope.features.tally import Tally
 from gemscope.models.gemma import Gemma
@@ -234,7 +235,7 @@ def _write_database(
         records = layout.load(folder / "dictionaries" / name / "latents.npy")
         used |= {i for field in ("promoted", "suppressed") for i in np.unique(records[field]).tolist() if i >= 0}
     pieces = _pieces(gemma, sorted(used))
-    database.add_pieces(path, pieces)
+    save_pieces(folder, pieces)
     first = 0
     for name, loaded in dictionaries.items():
         database.add_labels(path, token_labels(folder / "dictionaries" / name, first, tokens, pieces))
@@ -249,19 +250,16 @@ def about_dictionary(loaded: Loaded) -> dict[str, Any]:
     return {"kind": c.kind, "d_sae": c.d_sae, "d_out": c.d_out, "l0": c.l0, "model": c.model, **sites}
 
 
-def _pieces(gemma: Gemma | None, ids: Sequence[int]) -> dict[int, tuple[str, bool]]:
+def _pieces(gemma: Gemma | None, ids: Sequence[int]) -> dict[int, str]:
     if gemma is None:
-        return {i: (f"#{i}", False) for i in ids}
+        return {i: f"#{i}" for i in ids}
     texts = gemma.tokenizer.convert_ids_to_tokens(list(ids))
-    special = gemma.vocabulary.special_ids
-    return {i: (str(text), i in special) for i, text in zip(ids, texts, strict=True)}
+    return dict(zip(ids, map(str, texts), strict=True))
 
 
-def token_labels(
-    folder: Path, first: int, tokens: layout.Array, pieces: Mapping[int, tuple[str, bool]]
-) -> Iterator[database.Label]:
+def token_labels(folder: Path, first: int, tokens: layout.Array, pieces: Mapping[int, str]) -> Iterator[database.Label]:
     """For each latent the words on which it is strongest, the commonest first."""
-    words = {i: word for i, (text, _) in pieces.items() if (word := "".join(readable([text])).strip())}
+    words = {i: word for i, text in pieces.items() if (word := "".join(readable([text])).strip())}
     records, examples = layout.load(folder / "latents.npy"), layout.load(folder / "examples.npy")
     start, count = records["examples"].astype(np.int64), records["n_top"].astype(np.int64)
     at = tokens[examples["token"]]

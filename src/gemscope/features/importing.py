@@ -12,13 +12,14 @@ from gemscope.core.files import write_json
 from gemscope.core.provenance import collect
 from gemscope.features import database, layout
 from gemscope.features.config import IndexConfig
+from gemscope.features.pieces import save_pieces
 
 Shifts = Sequence[tuple[int, float]]
 """(token, change of its logit)."""
 
 
 @dataclass
-class Contexts:
+class FoundContexts:
     """Token ids of all contexts, each stored once."""
 
     tokens: list[int] = field(default_factory=list[int])
@@ -71,8 +72,8 @@ def write_index(
     folder: Path,
     model: str,
     dictionaries: Mapping[str, Mapping[int, FoundLatent]],
-    contexts: Contexts,
-    pieces: Mapping[int, tuple[str, bool]],
+    contexts: FoundContexts,
+    pieces: Mapping[int, str],
     *,
     about: Mapping[str, Any],
     kinds: Mapping[str, Mapping[str, Any]],
@@ -87,11 +88,11 @@ def write_index(
     layout.save(folder / "starts.npy", np.array(contexts.starts, np.int64))
     layout.save(folder / "docs.npy", np.arange(len(contexts.starts), dtype=np.int32))
     layout.save(folder / "special.npy", np.zeros(len(contexts.tokens) // 8 + 1, np.uint8))
+    save_pieces(folder, pieces)
     for name, found in dictionaries.items():
         _write(folder / "dictionaries" / name, found, sizes[name], config)
     path = folder / "index.sqlite"
     database.create(path, [(name, sizes[name], kinds[name]) for name in dictionaries])
-    database.add_pieces(path, pieces)
     first = 0
     for name, found in dictionaries.items():
         labels = (replace(one, feature=first + i) for i, latent in sorted(found.items()) for one in latent.labels)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +17,13 @@ from gemscope.core.files import read_json
 from gemscope.features import histogram, layout
 from gemscope.features.blocks import Rows
 from gemscope.features.config import IndexConfig
+from gemscope.features.contexts import Contexts, Span
 from gemscope.features.database import Database, Label
+from gemscope.features.feature import Example, Feature, FeatureId, Relative
 from gemscope.features.finishing import finish
 from gemscope.features.passing import Progress, count_units, plan_of, whole
-from gemscope.features.spelling import readable
+from gemscope.features.pieces import Pieces
+from gemscope.features.spelling import Reader
 from gemscope.models.gemma import Gemma
 
 
@@ -49,84 +52,6 @@ def index(
     return FeatureIndex.open(folder)
 
 
-@dataclass(frozen=True)
-class FeatureId:
-    """One latent of an index."""
-
-    dictionary: str
-    latent: int
-
-    def __str__(self) -> str:
-        return f"{self.dictionary}/{self.latent}"
-
-
-@dataclass(frozen=True)
-class Example:
-    """A context with a marked token."""
-
-    tokens: tuple[str, ...]
-    """What each token adds to the text; the bytes of a character after its first are empty."""
-    values: tuple[float, ...]
-    """Activation of the latent on each; known within the index's window around the marked token, else 0."""
-    marked: int
-    value: float
-    """Activation on the marked token."""
-    special: tuple[bool, ...]
-    """Which tokens are control tokens."""
-    doc: int
-    """The document's number in what was read."""
-    position: int
-    """Of the first token that is given, in the context."""
-
-
-@dataclass(frozen=True)
-class Relative:
-    """A latent with something in common."""
-
-    feature: str
-    value: float
-    """Cosine, or Jaccard index."""
-    count: int | None = None
-    """Tokens on which both were active, of those that were sampled."""
-
-
-@dataclass(frozen=True)
-class Feature:
-    """Everything an index knows of a latent."""
-
-    id: str
-    labels: tuple[Label, ...]
-    count: int
-    """Content tokens on which it is active."""
-    density: float
-    """Their share of all content tokens."""
-    peak: float
-    """The largest activation."""
-    special_count: int
-    special_peak: float
-    """The same on control tokens and the chat template, where they were read."""
-    steps: tuple[int, ...]
-    """Active tokens by their position in the context: 0, 1-2, 3-6, 7-14, ..."""
-    histogram: tuple[tuple[float, int], ...]
-    """(middle of a bin, activations in it)."""
-    promoted: tuple[tuple[str, float], ...]
-    suppressed: tuple[tuple[str, float], ...]
-    """(token, change of its logit per unit of activation, up to one positive factor)."""
-    by_output: tuple[tuple[tuple[str, float], ...], ...]
-    """Of a multi-layer kind: promoted tokens by output layer."""
-    nearest: tuple[Relative, ...]
-    elsewhere: tuple[Relative, ...]
-    """By decoder cosine: in the same dictionary, in all others."""
-    partners: tuple[Relative, ...]
-    top: tuple[Example, ...]
-    groups: tuple[tuple[Example, ...], ...]
-    """Random examples of each quantile group, from the weakest to the strongest."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-
 @dataclass(frozen=True, eq=False)
 class Latents:
     """The arrays of one dictionary, memory-mapped."""
@@ -138,27 +63,9 @@ class Latents:
     outputs: layout.Array | None
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Part of a context: tokens ``low`` to ``high`` are shown, ``ids`` are those from ``start`` on."""
-
-    first: int
-    low: int
-    high: int
-    start: int
-    ids: list[int]
-    doc: int
-
-
-_CHARACTER = 8
-"""Tokens that a character may be split into, at most, and some more."""
 _PARTS = ("latents", "bins", "examples", "near")
-_HEAD = 1 << 12
-"""Bytes that hold the header of an array."""
-_CONTEXTS_HEAD = 1 << 18
-"""Bytes that hold where contexts begin, unless there are very many."""
-_SQLITE_HEAD = 1 << 19
-"""Bytes of the database in which the list of dictionaries and the first pieces lie."""
+_SQLITE_HEAD = 1 << 14
+"""Bytes of the database in which the list of dictionaries lies, unless there are many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +89,8 @@ class FeatureIndex:
         """Read ``index.json``; raises FormatError when there is no finished index."""
         folder = Path(folder)
         layout.prefetch_heads([folder / "index.json", folder / "index.sqlite"], _SQLITE_HEAD)
-        layout.prefetch_heads((folder / f"{name}.npy" for name in ("starts", "docs")), _CONTEXTS_HEAD)
-        layout.prefetch_heads((folder / f"{name}.npy" for name in ("tokens", "special")), _HEAD)
+        Contexts.prefetch(folder)
+        Pieces.prefetch(folder)
         if not (folder / "index.json").is_file():
             raise FormatError(f"there is no finished index in {folder}; make it with: gemscope index --out {folder}")
         about = read_json(folder / "index.json")
@@ -234,21 +141,14 @@ class FeatureIndex:
         return FeatureId(name, number - self.firsts[name])
 
     @cached_property
-    def _starts(self) -> layout.Array:
-        return layout.load(self.folder / "starts.npy")
+    def contexts(self) -> Contexts:
+        """The texts that it was made over."""
+        return Contexts(self.folder)
 
     @cached_property
-    def _docs(self) -> layout.Array:
-        return layout.load(self.folder / "docs.npy")
-
-    @cached_property
-    def tokens(self) -> layout.Array:
-        """Token ids of all contexts, memory-mapped."""
-        return layout.load(self.folder / "tokens.npy")
-
-    @cached_property
-    def _special(self) -> layout.Array:
-        return layout.load(self.folder / "special.npy")
+    def pieces(self) -> Pieces:
+        """How its tokens are spelled."""
+        return Pieces(self.folder)
 
     @cached_property
     def _open(self) -> dict[str, Latents]:
@@ -259,17 +159,11 @@ class FeatureIndex:
         if name not in self._open:
             folder = self.folder / "dictionaries" / name
             outputs, parts = folder / "outputs.npy", [folder / f"{part}.npy" for part in _PARTS]
-            layout.prefetch_heads([*parts, outputs], _HEAD)
+            layout.prefetch_heads([*parts, outputs], layout.HEAD)
             records, bins, examples, near = map(layout.load, parts)
             more = layout.load(outputs) if outputs.is_file() else None
             self._open[name] = Latents(records, bins, examples, near, more)
         return self._open[name]
-
-    def context(self, token: int) -> tuple[int, int, int]:
-        """(first token, one after the last, document) of the context that a token lies in."""
-        number = int(np.searchsorted(self._starts, token, side="right")) - 1
-        last = self._starts[number + 1] if number + 1 < len(self._starts) else len(self.tokens)
-        return int(self._starts[number]), int(last), int(self._docs[number])
 
     def feature(self, feature: str | FeatureId, *, before: int | None = 24, after: int | None = 24) -> Feature:
         """The page of a latent; examples have ``before`` and ``after`` tokens around the marked one (None: the whole
@@ -286,9 +180,10 @@ class FeatureIndex:
         record = parts.records[found.latent]
         self._expect(parts, record, found.latent)
         raw = list(self._raw_examples(parts, record))
-        spans = self._spans([token for token, *_ in raw], before, after)
+        spans = self.contexts.spans([token for token, *_ in raw], before, after)
         spelled = self._spellings(record, parts, found.latent, spans)
-        examples = [self._example(*one, span, spelled) for one, span in zip(raw, spans, strict=True)]
+        read = Reader(spelled, marked=self.about["spelling"] == "pieces")
+        examples = [_example(*one, span, read(span.ids)) for one, span in zip(raw, spans, strict=True)]
         cuts = np.cumsum([0, int(record["n_top"]), *record["n_group"].tolist()]).tolist()
         groups = [examples[a:b] for a, b in pairwise(cuts[1:])]
         return Feature(
@@ -355,48 +250,12 @@ class FeatureIndex:
         for token, value, first, last in every:
             yield token, value, pairs[first:last]
 
-    def _spans(self, tokens: Sequence[int], before: int | None, after: int | None) -> list["_Span"]:
-        """What of their contexts is shown around some tokens, and read: a few more, so that no character is cut."""
-        around = _CHARACTER + (before or 0)
-        starts = np.maximum(np.array(tokens, np.int64) - around, 0)
-        layout.prefetch(self.tokens, starts, 2 * around)
-        layout.prefetch(self._special, starts // 8, around // 4 + 2)
-        found: list[_Span] = []
-        for token in tokens:
-            first, last, doc = self.context(token)
-            low = first if before is None else max(first, token - before)
-            high = last if after is None else min(last, token + after + 1)
-            start, stop = max(first, low - _CHARACTER), min(last, high + _CHARACTER)
-            found.append(_Span(first, low, high, start, self.tokens[start:stop].tolist(), doc))
-        return found
-
-    def _spellings(
-        self, record: Any, parts: Latents, latent: int, spans: Sequence["_Span"]
-    ) -> dict[int, tuple[str, bool]]:
+    def _spellings(self, record: Any, parts: Latents, latent: int, spans: Sequence[Span]) -> dict[int, str]:
         """Spellings of every token on the page, in one question."""
         ids = {*record["promoted"].tolist(), *record["suppressed"].tolist()}
         if parts.outputs is not None:
             ids |= set(parts.outputs[latent]["token"].reshape(-1).tolist())
-        return self.database.pieces(ids.union(*(span.ids for span in spans)))
-
-    def _example(
-        self,
-        token: int,
-        value: float,
-        around: Sequence[tuple[int, float]],
-        span: "_Span",
-        spelled: Mapping[int, tuple[str, bool]],
-    ) -> Example:
-        pieces = [spelled.get(i, ("", False))[0] for i in span.ids]
-        words = readable(pieces) if self.about["spelling"] == "pieces" else pieces
-        low, high = span.low, span.high
-        special = np.unpackbits(self._special[low // 8 : high // 8 + 1])[low % 8 :][: high - low].astype(bool)
-        values = [0.0] * (high - low)
-        for distance, one in [*around, (0, value)]:
-            if low <= token + distance < high:
-                values[token + distance - low] = one
-        shown = tuple(words[low - span.start : high - span.start])
-        return Example(shown, tuple(values), token - low, value, tuple(special.tolist()), span.doc, low - span.first)
+        return self.pieces.of(ids.union(*(span.ids for span in spans)))
 
     def _relatives(self, name: str, ids: Any, values: Any, counts: Any = None) -> tuple[Relative, ...]:
         every = zip(
@@ -405,9 +264,18 @@ class FeatureIndex:
         return tuple(Relative(f"{name}/{i}", value, count) for i, value, count in every if i >= 0)
 
 
-def _shifts(ids: Any, by: Any, spelled: Mapping[int, tuple[str, bool]]) -> tuple[tuple[str, float], ...]:
-    return tuple(
-        (spelled.get(i, ("", False))[0], float(value))
-        for i, value in zip(ids.tolist(), by.tolist(), strict=True)
-        if i >= 0
-    )
+def _example(
+    token: int, value: float, around: Sequence[tuple[int, float]], span: Span, words: Sequence[str]
+) -> Example:
+    low, high = span.low, span.high
+    values = [0.0] * (high - low)
+    for distance, one in [*around, (0, value)]:
+        if low <= token + distance < high:
+            values[token + distance - low] = one
+    shown = tuple(words[low - span.start : high - span.start])
+    return Example(shown, tuple(values), token - low, value, span.special, span.doc, low - span.first)
+
+
+def _shifts(ids: Any, by: Any, spelled: Mapping[int, str]) -> tuple[tuple[str, float], ...]:
+    pairs = zip(ids.tolist(), by.tolist(), strict=True)
+    return tuple((spelled.get(i, ""), float(value)) for i, value in pairs if i >= 0)

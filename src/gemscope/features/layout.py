@@ -15,7 +15,9 @@ from gemscope.features.config import IndexConfig
 from gemscope.features.tally import STEPS
 
 FORMAT = "gemscope.index"
-VERSION = 1
+VERSION = 2
+HEAD = 1 << 12
+"""Bytes that hold the header of an array."""
 
 Array = npt.NDArray[Any]
 
@@ -73,10 +75,16 @@ def save(path: Path, array: Array) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def load(path: Path) -> Array:
-    """An array of the index, memory-mapped; raises FormatError when it is missing or damaged."""
+def load(path: Path, *, scattered: bool = False) -> Array:
+    """An array of the index, memory-mapped; raises FormatError when it is missing or damaged.
+
+    Of one that is read here and there (``scattered``) the disk gives what is asked for, not all around it too.
+    """
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if scattered and hasattr(mmap, "MADV_RANDOM"):
+            array._mmap.madvise(mmap.MADV_RANDOM)
+        return array
     except ValueError as error:
         if "mmap" not in str(error):  # an array without entries cannot be mapped
             raise FormatError(f"{path} is damaged ({error}); make the index again.") from error
@@ -88,12 +96,16 @@ def load(path: Path) -> Array:
 def prefetch(array: Array, starts: Array, count: int) -> None:
     """Ask for ``count`` entries from each of ``starts`` on: they are read from the disk at the same time."""
     mapped = getattr(array, "_mmap", None)
-    if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+    if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED") or not len(starts):
         return
-    head, size = array.offset if isinstance(array, np.memmap) else 0, array.itemsize
-    for start in starts.tolist():
-        low = (head + start * size) // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_WILLNEED, low, max(1, min(head + (start + count) * size, len(mapped)) - low))
+    head = array.offset if isinstance(array, np.memmap) else 0
+    begin = head + np.sort(starts) * array.itemsize
+    low, high = begin // mmap.PAGESIZE, (begin + count * array.itemsize - 1) // mmap.PAGESIZE + 1
+    first = np.flatnonzero(np.append(True, low[1:] > high[:-1]))  # ranges that touch are asked for as one
+    last = np.append(first[1:], len(low)) - 1
+    for start, end in zip((low[first] * mmap.PAGESIZE).tolist(), (high[last] * mmap.PAGESIZE).tolist(), strict=True):
+        if start < len(mapped):
+            mapped.madvise(mmap.MADV_WILLNEED, start, min(end, len(mapped)) - start)
 
 
 def prefetch_heads(paths: Iterable[Path], size: int) -> None:

@@ -23,8 +23,9 @@ from gemscope.core.sites import Site
 from gemscope.features import histogram, layout
 from gemscope.features.database import Label
 from gemscope.features.effects import directions
-from gemscope.features.importing import Contexts, FoundExample, FoundLatent, write_index
-from gemscope.features.index import Example, FeatureIndex
+from gemscope.features.feature import Example
+from gemscope.features.importing import FoundContexts, FoundExample, FoundLatent, write_index
+from gemscope.features.index import FeatureIndex
 from gemscope.features.spelling import readable
 
 BATCH = 1024
@@ -271,7 +272,7 @@ def import_bundle(bundle: Path | str, folder: Path | str, *, model: str | None =
         raise InputError(f"there is no source with features in {bundle}; give a folder in Neuronpedia's layout.")
     if len({place.parent for place in places}) > 1:
         raise InputError(f"{bundle} holds several models; give the folder of one of them.")
-    words, contexts = _Words(), Contexts()
+    words, contexts = _Words(), FoundContexts()
     found: dict[str, dict[int, FoundLatent]] = {}
     kinds: dict[str, dict[str, Any]] = {}
     tokens = 0
@@ -283,7 +284,7 @@ def import_bundle(bundle: Path | str, folder: Path | str, *, model: str | None =
     sizes = {name: max(latents, default=-1) + 1 for name, latents in found.items()}
     about = {"tokens": tokens, "rows": {"kind": "bundle", "name": Path(bundle).name}}
     name = model or places[0].parent.name
-    pieces = {i: (text, False) for text, i in words.known.items()}
+    pieces = {i: text for text, i in words.known.items()}
     write_index(Path(folder), name, found, contexts, pieces, about=about, kinds=kinds, sizes=sizes)
     return FeatureIndex.open(folder)
 
@@ -311,7 +312,7 @@ def _kind_of(source: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "sae", "reads": [], "writes": [], "tokens": int(prompts) * int(length)}
 
 
-def _read_source(place: Path, words: _Words, contexts: Contexts) -> dict[int, FoundLatent]:
+def _read_source(place: Path, words: _Words, contexts: FoundContexts) -> dict[int, FoundLatent]:
     activations: dict[int, list[dict[str, Any]]] = {}
     labels: dict[int, list[Label]] = {}
     for row in _read_all(place / "activations"):
@@ -331,7 +332,11 @@ def _read_source(place: Path, words: _Words, contexts: Contexts) -> dict[int, Fo
 
 
 def _latent(
-    row: Mapping[str, Any], activations: list[dict[str, Any]], labels: list[Label], words: _Words, contexts: Contexts
+    row: Mapping[str, Any],
+    activations: list[dict[str, Any]],
+    labels: list[Label],
+    words: _Words,
+    contexts: FoundContexts,
 ) -> FoundLatent:
     def pairs(texts: str, values: str) -> list[tuple[int, float]]:
         return list(zip(words.ids(row.get(texts) or []), row.get(values) or [], strict=True))
@@ -362,7 +367,7 @@ def _latent(
     )
 
 
-def _example(row: Mapping[str, Any], words: _Words, contexts: Contexts) -> FoundExample:
+def _example(row: Mapping[str, Any], words: _Words, contexts: FoundContexts) -> FoundExample:
     values = row["values"]
     at = row.get("qualifyingTokenIndex")
     at = int(row["maxValueTokenIndex"] if at is None else at)

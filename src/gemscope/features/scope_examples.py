@@ -9,7 +9,7 @@ from gemscope.artifacts.examples import FILE, Examples
 from gemscope.core.arrays import Float, Tensor
 from gemscope.core.errors import InputError
 from gemscope.core.files import write_tensors
-from gemscope.features.importing import Contexts, FoundExample, FoundLatent, write_index
+from gemscope.features.importing import FoundContexts, FoundExample, FoundLatent, write_index
 from gemscope.features.index import FeatureIndex
 from gemscope.models.gemma import Gemma
 
@@ -23,7 +23,7 @@ def export_examples(index: FeatureIndex, dictionary: str, folder: Path | str, *,
     index.find_id(f"{dictionary}/0")
     parts = index.latents(dictionary)
     records = parts.records
-    starts = np.append(np.load(index.folder / "starts.npy"), len(index.tokens))
+    starts = np.append(np.load(index.folder / "starts.npy"), len(index.contexts.tokens))
     first, count = records["examples"].astype(np.int64), records["n_top"].astype(np.int64)
     kept = max(1, int(count.max(initial=0)))
     column = np.arange(kept)
@@ -36,7 +36,7 @@ def export_examples(index: FeatureIndex, dictionary: str, folder: Path | str, *,
         (max(1, len(used)), int((starts[used + 1] - starts[used]).max(initial=1))), pad, dtype=torch.int32
     )
     for number, one in enumerate(used.tolist()):
-        ids = np.array(index.tokens[starts[one] : starts[one + 1]])
+        ids = np.array(index.contexts.tokens[starts[one] : starts[one + 1]])
         sequences[number, : len(ids)] = torch.from_numpy(ids)
     seq_ids = np.full(there.shape, -1, np.int64)
     seq_ids[there] = row
@@ -75,7 +75,7 @@ def import_examples(
     The ``top`` strongest examples of the first ``latents`` latents (None: all); ``gemma`` gives the spellings. Raises
     FormatError when the file is missing or damaged, InputError when ``folder`` is not empty.
     """
-    opened, contexts = Examples.open(evidence), Contexts()
+    opened, contexts = Examples.open(evidence), FoundContexts()
     if not 0 < top <= 255:
         raise InputError(f"{top} examples a latent cannot be kept; ask for 1 to 255.")
     found: dict[int, FoundLatent] = {}
@@ -93,7 +93,7 @@ def import_examples(
     shifts = {token for one in found.values() for token, _ in (*one.promoted, *one.suppressed)}
     ids = sorted({*contexts.tokens, *shifts})
     texts = gemma.tokenizer.convert_ids_to_tokens(ids)
-    pieces = {i: (str(text), i in gemma.vocabulary.special_ids) for i, text in zip(ids, texts, strict=True)}
+    pieces = dict(zip(ids, map(str, texts), strict=True))
     write_index(
         Path(folder),
         gemma.name,

@@ -60,10 +60,10 @@ def by_words(index: FeatureIndex, words: str, top: int = 20, *, source: str | No
     The score is the label's place, from 1 down. Raises InputError without a word.
     """
     found: dict[int, float] = {}
-    labels = index.database.search(words, 3 * top, source)
+    labels = index.database.search(words, top, source)
     for rank, label in enumerate(labels):
         found.setdefault(label.feature, 1 - rank / len(labels))
-    return hits_of(index, list(found.items())[:top])
+    return hits_of(index, list(found.items()))
 
 
 def by_concept(index: FeatureIndex, concept: str, top: int = 20) -> list[Hit]:
@@ -256,7 +256,7 @@ def by_promoted(index: FeatureIndex, token: str, top: int = 20) -> list[Hit]:
 def spelled(index: FeatureIndex, token: str) -> list[int]:
     """Tokens that spell this, with a space in front or not; raises InputError when there is none."""
     word = token.strip()
-    ids = index.database.ids_of([word, f"▁{word}", f" {word}"])
+    ids = index.pieces.ids_of([word, f"▁{word}", f" {word}"])
     if not ids:
         raise InputError(f"{token!r} is no single token of this model's vocabulary that the index knows; give another.")
     return ids

@@ -1,6 +1,6 @@
 """Tokens as a person reads them, from the spellings that an index keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gemscope.models.tokens import spelled
 
@@ -19,3 +19,19 @@ def readable(pieces: Sequence[str]) -> list[str]:
         found.append(text[start:end] if start >= done else "")
         done = max(done, end)
     return found
+
+
+class Reader:
+    """What tokens add to a text, where each may come many times."""
+
+    def __init__(self, pieces: Mapping[int, str], *, marked: bool) -> None:
+        """``pieces``: token id -> spelling; ``marked``: as the vocabulary writes it, not as text."""
+        self._pieces = pieces
+        self._alone = {i: piece.replace("▁", " ") for i, piece in pieces.items()} if marked else pieces
+        self._bytes = {i for i, piece in pieces.items() if piece[:3] == "<0x"} if marked else set[int]()
+
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        """What each of some tokens in a row adds; those without a spelling nothing."""
+        if self._bytes.isdisjoint(ids):
+            return [self._alone.get(i, "") for i in ids]
+        return readable([self._pieces.get(i, "") for i in ids])

@@ -50,7 +50,7 @@ def test_features_that_raise_a_token_are_found_by_trying_them(run, tiny_suite, t
     found = json.loads(run(*words, "--json"))
     suite, gemma = Suite.open(tiny_suite), Gemma.load(tiny_folder, check=False)
     index, dictionaries = open_index(suite), dictionaries_of(suite.folder, suite.sites, suite.others)
-    ids = torch.tensor(index.database.ids_of(["Paris", "▁Paris", " Paris"]))
+    ids = torch.tensor(index.pieces.ids_of(["Paris", "▁Paris", " Paris"]))
     for one in found:
         shares = []
         for strength in (0.0, one["strength"]):

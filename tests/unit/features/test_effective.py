@@ -75,10 +75,10 @@ def test_the_best_feature_is_the_one_that_raises_the_tokens_most(made):
 def test_a_token_is_searched_for_by_its_spelling(made):
     model, built, loaded = made
     token = int(model.tokens(TEXTS[0]).ids[1])
-    piece = built.database.pieces([token])[token][0]
+    piece = built.pieces.of([token])[token]
     hits = effective.by_effect(built, model, loaded, piece.removeprefix("▁"), PROMPTS, top=3)
     word = piece.strip().removeprefix("▁")
-    ids = built.database.ids_of([word, f"▁{word}", f" {word}"])
+    ids = built.pieces.ids_of([word, f"▁{word}", f" {word}"])
     assert token in ids
     found = effective.best_to_steer(model, built, loaded, ids, PROMPTS, count=3)
     assert len(hits) == 3

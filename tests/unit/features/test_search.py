@@ -73,14 +73,34 @@ def test_words_are_stemmed_all_of_them_count_and_operators_mean_nothing(made):
         search.by_words(built, '"* -')
 
 
-def test_many_hits_are_cut_and_still_ordered(tmp_path, monkeypatch):
-    monkeypatch.setattr(database, "RANKED", 50)
+def test_of_many_hits_the_best_come_first_whenever_they_were_added(tmp_path):
     path = tmp_path / "index.sqlite"
     database.create(path, [("a", 1000, {})])
-    add_labels(path, (Label(i, "cat " + "x " * (i % 7), "s") for i in range(1000)))
-    found = database.Database(path).search("cat", 5)
-    assert [len(one.text) for one in found] == [4] * 5
-    assert all(one.feature < 50 for one in found)
+    made = [Label(i, "cat " + "x " * (2 + i % 7), "s", (i % 10) / 10) for i in range(900)]
+    add_labels(path, made[:500])
+    add_labels(path, made[500:])
+    add_labels(path, [Label(901, "a cat", "s"), Label(902, "cats", "s", 0.2), Label(903, "cat", "t", 0.7)])
+    base = database.Database(path)
+    assert [one.feature for one in base.search("cat", 4)] == [903, 902, 901, 49]
+    best = sorted(range(900), key=lambda i: (i % 7, -(i % 10), i))
+    assert [one.feature for one in base.search("cat x", 900)] == best
+    assert [one.feature for one in base.search("cat", 5, "t")] == [903]
+
+
+def test_a_search_goes_on_until_it_has_as_many_features_as_wanted(tmp_path):
+    path = tmp_path / "index.sqlite"
+    database.create(path, [("a", 10, {})])
+    add_labels(path, [Label(1, f"cat {i}", "s") for i in range(50)] + [Label(i, "one cat here", "s") for i in (2, 3)])
+    found = database.Database(path).search("cat", 2)
+    assert [one.feature for one in found] == [1] * 50 + [2]
+
+
+def test_of_a_common_word_only_so_many_hits_are_looked_at_for_a_rare_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "LOOKED_AT", 50)
+    path = tmp_path / "index.sqlite"
+    database.create(path, [("a", 100, {})])
+    add_labels(path, [Label(i, "cat", "rare" if i in {7, 60} else "s") for i in range(100)])
+    assert [one.feature for one in database.Database(path).search("cat", 5, "rare")] == [7]
 
 
 def test_labels_of_a_source_are_replaced_and_words_follow(tmp_path):
