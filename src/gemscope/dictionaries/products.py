@@ -2,7 +2,6 @@
 
 from functools import cache
 
-import numpy as np
 import torch
 
 from gemscope.core.arrays import Float, Tensor
@@ -32,11 +31,3 @@ class Affine:
         if self._onednn and len(x):
             return torch.ops.mkldnn._linear_pointwise(x.detach(), self._rows, self._b, "none", [], "")
         return torch.addmm(self._b, x.detach(), self._W)
-
-
-def kth_largest(table: Float[Tensor, "rows n"], k: int) -> Float[Tensor, " rows"]:
-    """The k-th largest of each row; on few CPU threads by numpy, whose selection takes half the time of ``topk``."""
-    if table.device.type == "cpu" and torch.get_num_threads() <= 2 and table.dtype != torch.bfloat16:
-        at = table.shape[1] - k
-        return torch.from_numpy(np.partition(table.numpy(), at, axis=1)[:, at].copy())
-    return table.topk(k, dim=1, sorted=False).values.amin(1)

@@ -3,8 +3,8 @@ of each row, or the largest of the batch.
 
 Notable:
 - the encoder lies row by row, ``E = W_enc.T [d_sae, d_in]``, so that one latent is one stretch of memory;
-- the product is made block by block of rows; of a block only the maxima of small groups of latents are compared,
-  and only the groups that reach the floor are looked into, so no sort ever sees d_sae numbers;
+- the product is made block by block of rows, and a block is compared with one floor per row; of the k largest of a
+  row it comes from the maxima of small groups of latents, so no sort ever sees d_sae numbers;
 - ``screen=True`` makes the product in bf16, lowers the floor by a proven bound on its error, and computes the
   few survivors in fp32: the same entries as in fp32, in less than half the time where the processor multiplies
   bf16 natively.
@@ -15,15 +15,15 @@ d_in 2^-23 ||x|| ||e|| (Higham, Accuracy and Stability, section 3.1), and the re
 most 2^-8 of itself.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from gemscope.core.arrays import Float, Tensor
-from gemscope.dictionaries.products import Affine, kth_largest
+from gemscope.dictionaries.products import Affine
+from gemscope.dictionaries.ranking import kth_largest, kth_of_groups, reaching
 from gemscope.dictionaries.sparse import Support, dots, not_surplus
 
 _ROWS = 256
@@ -63,11 +63,8 @@ def above(
     screen: bool = False,
 ) -> Found:
     """The pre-activations x E' + bias above ``floor``, one floor per latent."""
-    product = _Product(x, E, bias - floor, screen)
-    rows, latents, values = product.at_least(lambda maxima, start: maxima.new_zeros(len(maxima), 1))
-    support, gaps = product.exact(rows, latents, values)
-    keep = gaps > 0
-    support, gaps = _keep(support, gaps, keep)
+    support, gaps = _Product(x, E, bias - floor, screen).at_least(lambda block: block.new_zeros(len(block), 1))
+    support, gaps = _keep(support, gaps, gaps > 0)
     return support, gaps + floor.index_select(0, support.latents)
 
 
@@ -80,19 +77,17 @@ def top_of_rows(
     screen: bool = False,
 ) -> Found:
     """The k largest positive pre-activations of each row, of equal ones those of the lower latents."""
-    k = min(k, len(E))
+    k, group = min(k, len(E)), _group_size(len(E), k)
     product = _Product(x, E, bias, screen)
-
-    def kth(maxima: Tensor, start: int) -> Tensor:
-        # k groups reach it, hence k entries do: the k-th largest entry is no smaller
-        count = maxima.shape[1]
-        smallest = kth_largest(maxima, k)[:, None] if k <= count else None
-        return maxima.new_zeros(len(maxima), 1) if smallest is None else smallest.clamp(min=0)
-
-    support, values = product.exact(*product.at_least(kth, twice=True))
+    support, values = product.at_least(lambda block: kth_of_groups(block, group, k)[:, None], twice=True)
     support, values = _keep(support, values, values > 0)
-    smallest = _kth_of_rows(support, values, k)
-    return _keep(support, values, not_surplus(support.rows, values, smallest, k))
+    offsets = support.row_offsets
+    counts = offsets[1:] - offsets[:-1]
+    smallest = _kth_of_rows(support, values, max(k, int(counts.max())), k)
+    reached = values >= smallest.index_select(0, support.rows)
+    if int(reached.sum()) > int(counts.clamp(max=k).sum()):  # equal ones, of which not all are wanted
+        reached = not_surplus(support.rows, values, smallest, k)
+    return _keep(support, values, reached)
 
 
 def top_of_batch(
@@ -113,7 +108,7 @@ def top_of_batch(
     guess = _guess(x, E, bias, count) if guess is None else guess
     while True:
         floor = max(guess, 0.0)
-        support, values = product.exact(*product.at_least(lambda m, start, f=floor: m.new_full((len(m), 1), f)))
+        support, values = product.at_least(lambda block, f=floor: block.new_full((len(block), 1), f, dtype=x.dtype))
         enough = int((values > floor).sum()) >= count
         if enough or floor == 0.0:
             break
@@ -127,92 +122,76 @@ def top_of_batch(
     return support, values, float(smallest)
 
 
-@dataclass
 class _Product:
     """x E' + bias, in blocks."""
 
-    x: Tensor
-    E: Tensor
-    bias: Tensor
-    screen: bool
+    def __init__(self, x: Tensor, E: Tensor, bias: Tensor, screen: bool) -> None:
+        self.x, self.E, self.bias = x, E, bias
+        self.rows = max(_ROWS, _BLOCK.get(x.device.type, 1 << 27) // len(E))
+        self.low = (x, E, bias)
+        self.margins = None
+        if screen:
+            (low_x, off_x, size_x), (low_E, off_E, size_E) = _rounded(x), _rounded(E)
+            self.low = (low_x, low_E, bias.bfloat16())
+            off_bias = (bias - self.low[2]).abs().max()
+            self.margins = _margins(x.shape[1], off_x, size_x, off_E.max(), size_E.max(), off_bias)[:, None]
 
-    def __post_init__(self) -> None:
-        size = len(self.E)
-        self.group = _group_size(size)
-        self.rows = max(_ROWS, _BLOCK.get(self.x.device.type, 1 << 27) // size)
-        self.low = [t.bfloat16() if self.screen else t for t in (self.x, self.E, self.bias)]
-        self.margins = _margins(self.x, self.E, self.bias, self.low) if self.screen else None
+    def at_least(self, floor: Callable[[Tensor], Tensor], twice: bool = False) -> Found:
+        """All entries that reach the floor; and some that do not, in a screen, whose survivors get their value in fp32.
 
-    def at_least(self, floor: Callable[[Tensor, int], Tensor], twice: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, latents and values of all entries that may reach the floor; and some that may not, in a screen.
-
-        ``floor`` gives one number per row from the group maxima of a block; with ``twice`` these are themselves
-        off by the error of a screen.
+        ``floor`` gives one number per row of a block of pre-activations; with ``twice`` these are themselves off by
+        the error of a screen.
         """
         x, E, bias = self.low
         product = Affine(E.T, bias)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        rows, latents, values = list[Tensor](), list[Tensor](), list[Tensor]()
         for start in range(0, len(x), self.rows):
             block = product(x[start : start + self.rows])
-            maxima = block.view(len(block), self.group, -1).amax(1).to(self.x.dtype)
-            low = floor(maxima, start)
+            low = floor(block).to(self.x.dtype)
             if self.margins is not None:
                 slack = self.margins[start : start + self.rows]
                 if twice:
                     low = low - _UNIT * low.abs() - slack
                 low = (low - slack) - _UNIT * (low - slack).abs()
-            parts.append(_look(block, maxima, low, self.group, start))
-        rows, latents, values = (torch.cat(part) for part in zip(*parts, strict=True))
-        return rows, latents, values
-
-    def exact(self, rows: Tensor, latents: Tensor, values: Tensor) -> Found:
-        """As a Support in order; survivors of a screen get their value in fp32."""
-        order = _order(latents, len(self.E))
-        rows, latents = rows.index_select(0, order), latents.index_select(0, order)
-        by_row = _order(rows, len(self.x))
-        support = Support(rows.index_select(0, by_row), latents.index_select(0, by_row), len(self.x), len(self.E))
-        if not self.screen:
-            return support, values.index_select(0, order).index_select(0, by_row)
+            hit = reaching(block, low)
+            row = torch.div(hit, block.shape[1], rounding_mode="floor")
+            rows.append(row + start)
+            latents.append(hit - row * block.shape[1])
+            if self.margins is None:
+                values.append(block.view(-1).index_select(0, hit))
+        support = Support(torch.cat(rows), torch.cat(latents), len(x), len(E))
+        if self.margins is None:
+            return support, torch.cat(values)
         return support, dots(support, self.x, self.E) + self.bias.index_select(0, support.latents)
 
 
-def _margins(x: Tensor, E: Tensor, bias: Tensor, low: Sequence[Tensor]) -> Float[Tensor, "batch 1"]:
+def _rounded(table: Float[Tensor, "n d"]) -> tuple[Tensor, Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """A table in bf16; of each row the length of what rounding changed, and its own."""
+    low = torch.empty_like(table, dtype=torch.bfloat16)
+    rows = _ROWS if table.device.type == "cpu" else len(table)
+    off, size = list[Tensor](), list[Tensor]()
+    for part, short in zip(table.split(rows), low.split(rows), strict=True):  # while it is in the cache
+        short.copy_(part)
+        off.append((part - short).norm(dim=1))
+        size.append(part.norm(dim=1))
+    return low, torch.cat(off), torch.cat(size)
+
+
+def _margins(
+    d_in: int, off_x: Tensor, size_x: Tensor, off_E: Tensor, size_E: Tensor, off_bias: Tensor
+) -> Float[Tensor, " batch"]:
     """How far a row's pre-activations may be from those in bf16, before these are rounded themselves."""
-    off_x = (x - low[0]).norm(dim=1, keepdim=True)
-    parts = zip(E.split(_ROWS), low[1].split(_ROWS), strict=True)
-    off_E = torch.stack([(part - short).norm(dim=1).max() for part, short in parts]).max()
-    size_x, size_E = x.norm(dim=1, keepdim=True) + off_x, E.norm(dim=1).max() + off_E
-    sums = x.shape[1] * 2.0**-23 * size_x * size_E
-    return 1.001 * (off_x * size_E + size_x * off_E + sums) + (bias - low[2]).abs().max()
+    size_x, size_E = size_x + off_x, size_E + off_E
+    sums = d_in * 2.0**-23 * size_x * size_E
+    return 1.001 * (off_x * size_E + size_x * off_E + sums) + off_bias
 
 
-def _group_size(size: int) -> int:
-    """A power of two that divides ``size``, an eighth of its square root: both searches are then short."""
+def _group_size(size: int, k: int) -> int:
+    """A power of two that divides ``size``, an eighth of its square root, and leaves at least ``k`` groups."""
     group = 1
-    while size % (2 * group) == 0 and 64 * (2 * group) ** 2 <= size:
+    while size % (2 * group) == 0 and 64 * (2 * group) ** 2 <= size and 2 * group * k <= size:
         group *= 2
     return group
-
-
-def _look(block: Tensor, maxima: Tensor, floor: Tensor, group: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries of a block that reach the floor of their row."""
-    count = maxima.shape[1]
-    hit = (maxima >= floor).view(-1).nonzero()[:, 0]
-    row = torch.div(hit, count, rounding_mode="floor")
-    first = row * block.shape[1] + hit - row * count
-    steps = torch.arange(group, device=block.device) * count
-    found = block.view(-1).take(first[:, None] + steps).to(maxima.dtype)
-    where = (found >= floor.view(-1).index_select(0, row)[:, None]).view(-1).nonzero()[:, 0]
-    of = torch.div(where, group, rounding_mode="floor")
-    rows = row.index_select(0, of)
-    latents = (hit - row * count).index_select(0, of) + (where - of * group) * count
-    return rows + start, latents, found.view(-1).index_select(0, where)
-
-
-def _order(index: Tensor, size: int) -> Tensor:
-    """What sorts ``index`` stably; short integers sort in half the time."""
-    kind = torch.int16 if size < 1 << 15 else torch.int32
-    return index.to(kind).sort(stable=True).indices
 
 
 def _keep(support: Support, values: Tensor, keep: Tensor) -> Found:
@@ -223,12 +202,10 @@ def _keep(support: Support, values: Tensor, keep: Tensor) -> Found:
     return Support(rows, latents, support.batch, support.d_sae), values.index_select(0, at)
 
 
-def _kth_of_rows(support: Support, values: Tensor, k: int) -> Tensor:
-    """The k-th largest value of each row; minus infinity where there are fewer."""
-    offsets = support.row_offsets
-    width = max(k, int((offsets[1:] - offsets[:-1]).max()))
+def _kth_of_rows(support: Support, values: Tensor, width: int, k: int) -> Tensor:
+    """The k-th largest value of each row, minus infinity where there are fewer; no row has more than ``width``."""
     table = values.new_full((support.batch, width), float("-inf"))
-    place = torch.arange(len(values), device=values.device) - offsets.index_select(0, support.rows)
+    place = torch.arange(len(values), device=values.device) - support.row_offsets.index_select(0, support.rows)
     table.view(-1)[support.rows * width + place] = values
     return kth_largest(table, k)
 
