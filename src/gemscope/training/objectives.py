@@ -8,6 +8,7 @@ threshold). Whatever is not among the entries is 0 and has no gradient.
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn.functional import mse_loss
 
 from gemscope.core.arrays import Bool, Float, Tensor
 from gemscope.dictionaries.sparse import Support
@@ -15,7 +16,7 @@ from gemscope.dictionaries.sparse import Support
 
 def squared_error(x: Float[Tensor, "batch d"], recon: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
     """Mean over rows of the squared distance ||x - recon||^2."""
-    return (x - recon).square().sum(-1).mean()
+    return mse_loss(recon, x, reduction="sum") / len(x)
 
 
 def matryoshka_error(x: Float[Tensor, "batch d"], recons: Sequence[Float[Tensor, "batch d"]]) -> Float[Tensor, ""]:

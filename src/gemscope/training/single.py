@@ -200,7 +200,7 @@ class SingleLayerLearner:
             terms["error"] = end_to_end(terms["error"], divergence, config.end_to_end)
         dead = self._count_idle(codes.support.latents[codes.on], len(x))
         terms |= self._sparsity(codes, done)
-        terms |= self._revival(codes, centred, y - recons[-1].detach(), dead)
+        terms |= self._revival(codes, centred, y, recons[-1].detach(), dead)
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         l0 = codes.on.sum() / len(x)
@@ -275,7 +275,7 @@ class SingleLayerLearner:
             found["frequency"] = config.frequency_weight * weight * penalty
         return found
 
-    def _revival(self, codes: _Codes, centred: Tensor, left: Tensor, dead: Tensor) -> dict[str, Tensor]:
+    def _revival(self, codes: _Codes, centred: Tensor, y: Tensor, recon: Tensor, dead: Tensor) -> dict[str, Tensor]:
         """What draws dead latents back."""
         config, w = self.config, self.weights
         which = dead.nonzero()[:, 0]
@@ -294,14 +294,15 @@ class SingleLayerLearner:
             return {"dead": config.dead_weight * self.moments_out.spread * penalty}
         if config.aux_weight == 0:
             return {}
-        k = min(config.aux_k or max(1, left.shape[1] // 2), len(which))
+        k = min(config.aux_k or max(1, y.shape[1] // 2), len(which))
         with torch.no_grad():
             E, bias = w["E"].index_select(0, which), w["b_enc"].detach().index_select(0, which)
             few, values = top_of_rows(centred, E, bias, k, screen=self.screen)
         support = Support(few.rows, which.index_select(0, few.latents), few.batch, config.d_sae)
         constant = self._centre().detach()
         acts = encode(support, values, centred, w["E"], w["b_enc"], constant, codes.tables["E"])
-        return {"aux": config.aux_weight * aux_error(left, decode(support, acts, w["W_dec"], codes.tables["W_dec"]))}
+        found = decode(support, acts, w["W_dec"], codes.tables["W_dec"])
+        return {"aux": config.aux_weight * aux_error(y - recon, found)}
 
     def _count_idle(self, active: Tensor, rows: int) -> Tensor:
         """Which latents are dead, this batch included."""
