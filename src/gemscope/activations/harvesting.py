@@ -1,9 +1,10 @@
 """From text to a store on disk: units of work that can be stopped, resumed and shared out at will.
 
 Notable:
-- four things go on at once: a thread reads and tokenizes the next unit, this thread runs the model, another writes
-  the last bucket, another syncs the last unit; two buckets are all the memory that grows with the sites, and none
-  grows with the text;
+- four things go on at once: a thread reads and tokenizes the next unit, the model runs (see ``passes``), another
+  thread writes the last bucket, another syncs the last unit; two buckets are all the memory that grows with the
+  sites, and none grows with the text;
+- passes go on from one bucket to the next, so that no thread waits for the last one of a bucket;
 - a unit counts once its record is there; running again does what is missing, whoever began it or lost it.
 """
 
@@ -12,7 +13,7 @@ import shutil
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ import torch
 
 from gemscope.activations import locks
 from gemscope.activations.finishing import finish, read_record
-from gemscope.activations.pieces import Pieces, encode
+from gemscope.activations.passes import AT_ONCE, Passes
+from gemscope.activations.pieces import PieceBatch, Pieces, encode
 from gemscope.activations.plan import HarvestConfig, Plan, check_same, make_plan, resolved
 from gemscope.activations.shards import FileRecord, check_size
 from gemscope.activations.sources import Source
-from gemscope.activations.units import Bucket, UnitFiles, bucket_pieces, capacity, fill, shuffle_seed
+from gemscope.activations.units import Bucket, Filling, UnitFiles, bucket_pieces, capacity, shuffle_seed
 from gemscope.core.errors import FormatError, InputError, StorageError
 from gemscope.core.files import storage_error, write_json
 from gemscope.core.process import kept_memory, quick_turns
@@ -52,8 +54,8 @@ class Estimate:
     bytes_free: int
     """On the disk."""
     memory: int
-    """Bytes of the two buckets and of one batch: what the harvest needs beside the model, however much text there
-    is. The text of two units comes on top, about 40 bytes a row."""
+    """Bytes of the two buckets and of the batches on their way: what the harvest needs beside the model, however much
+    text there is. The text of three units comes on top, about 40 bytes a row."""
     seconds: float
     """Of the forward passes that are left, on this device."""
 
@@ -164,7 +166,7 @@ def estimate(gemma: Gemma, plan: Plan, folder: Path) -> Estimate:
         bytes=rows * row_bytes,
         bytes_left=round(left * rows * row_bytes),
         bytes_free=free,
-        memory=2 * capacity(plan) * row_bytes + 2 * batch,
+        memory=2 * capacity(plan) * row_bytes + 2 * AT_ONCE * batch,
         seconds=left * rows * _seconds_per_token(gemma, plan),
     )
 
@@ -233,42 +235,81 @@ def sweep(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A bucket to fill, and where it goes."""
+
+    filling: Filling
+    files: UnitFiles
+    turn: int
+    """Which of the two buckets it is."""
+    skipped: int | None
+    """Documents that the unit skipped, with its last bucket."""
+
+
 def write_units(
     gemma: Gemma, source: Source, plan: Plan, folder: Path, units: Sequence[int], progress: Report | None = None
 ) -> None:
     """Harvest some units; on any error what is whole stays and nothing else does."""
     buckets = [Bucket.empty(plan, capacity(plan)) for _ in range(2)]
     written: list[Future[None] | None] = [None, None]
+    filled = [True, True]
+    unfinished = list[UnitFiles]()
     syncs: deque[Future[dict[str, Any]]] = deque()
     count = _Counter(plan, units, progress)
-    turn = whole = 0
+    whole = 0
     with (
+        Passes(gemma) as passes,
         quick_turns(),
         kept_memory(),
         ThreadPoolExecutor(1, "read") as reading,
         ThreadPoolExecutor(1, "write") as writing,
         ThreadPoolExecutor(1, "sync") as syncing,
     ):
-        upcoming = reading.submit(_read, gemma, source, plan, units[0])
-        for place, unit in enumerate(units):
-            pieces = upcoming.result()
-            if place + 1 < len(units):
-                upcoming = reading.submit(_read, gemma, source, plan, units[place + 1])
-            files = UnitFiles(folder, plan, unit)
-            try:
-                for number, chosen in enumerate(bucket_pieces(pieces, plan.bucket_rows)):
+
+        def finish(files: UnitFiles, skipped: int) -> None:
+            unfinished.remove(files)
+            syncs.append(syncing.submit(_finish_unit, files, skipped, list(written)))
+
+        def jobs() -> Iterator[tuple[_Job, PieceBatch] | None]:
+            turn, upcoming = 0, reading.submit(_read, gemma, source, plan, units[0])
+            for place, unit in enumerate(units):
+                pieces = upcoming.result()
+                if place + 1 < len(units):
+                    upcoming = reading.submit(_read, gemma, source, plan, units[place + 1])
+                unfinished.append(files := UnitFiles(folder, plan, unit))
+                parts = list(bucket_pieces(pieces, plan.bucket_rows))
+                for number, chosen in enumerate(parts):
+                    while not filled[turn]:
+                        yield None
                     if (before := written[turn]) is not None:
                         before.result()
-                    for rows in fill(gemma, plan, pieces, chosen, shuffle_seed(plan, unit, number), buckets[turn]):
-                        whole += _settled(syncs)
-                        count.batch(rows, whole)
-                    count.bucket()
-                    written[turn] = writing.submit(files.append, buckets[turn])
+                    filled[turn] = False
+                    filling = Filling(gemma, plan, pieces, chosen, shuffle_seed(plan, unit, number), buckets[turn])
+                    job = _Job(filling, files, turn, pieces.skipped if number == len(parts) - 1 else None)
+                    yield from ((job, one) for one in filling.batches)
                     turn = 1 - turn
-                syncs.append(syncing.submit(_finish_unit, files, pieces.skipped, list(written)))
-            except BaseException:
+                if not parts:
+                    finish(files, pieces.skipped)
+
+        try:
+            for (job, _), landed in passes.each(
+                jobs(),
+                lambda item: item[0].filling.start(item[1], passes),
+                lambda item, moved: item[0].filling.land(moved),
+            ):
+                filled[job.turn] = job.filling.add(landed)
+                whole += _settled(syncs)
+                count.batch(job.filling.rows, whole)
+                if filled[job.turn]:
+                    count.bucket()
+                    written[job.turn] = writing.submit(job.files.append, job.filling.bucket)
+                    if job.skipped is not None:
+                        finish(job.files, job.skipped)
+        except BaseException:
+            for files in unfinished:
                 syncing.submit(_give_up, files, list(written))
-                raise
+            raise
         wait(syncs)
         count.batch(0, whole + _settled(syncs))
 

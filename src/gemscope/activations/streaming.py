@@ -7,18 +7,20 @@ rows of a pool are permuted: the shuffle of a store, with a forward pass in the 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from gemscope.activations.order import LIVE_ROWS, LIVE_TEXTS, LIVE_UNITS, Position
+from gemscope.activations.passes import Passes
 from gemscope.activations.pieces import encode
 from gemscope.activations.plan import HarvestConfig, Plan, make_plan
 from gemscope.activations.planned import PlannedRows
 from gemscope.activations.sets import document_share
 from gemscope.activations.sources import Source, Text
 from gemscope.activations.stream import Cut, Origin, Part, Pool, Stream
-from gemscope.activations.units import Bucket, fill
+from gemscope.activations.units import Bucket, Filling
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
 from gemscope.models.gemma import Gemma
@@ -120,8 +122,12 @@ class _LiveReader:
         rows = int(pieces.content.sum())
         bucket = Bucket.empty(plan, rows)
         if rows:
-            for _ in fill(gemma, plan, pieces, np.arange(len(pieces)), [self._seed, epoch, pool, LIVE_ROWS], bucket):
-                pass
+            seed = [self._seed, epoch, pool, LIVE_ROWS]
+            filling = Filling(gemma, plan, pieces, np.arange(len(pieces)), seed, bucket)
+            with Passes(gemma) as passes:
+                start, land = partial(filling.start, passes=passes), lambda _, moved: filling.land(moved)
+                for _, landed in passes.each(filling.batches, start, land):
+                    filling.add(landed)
         numbers = np.array([number for number, _ in chosen], dtype=np.int64)
         doc = numbers[bucket.doc] if bucket.rows else np.empty(0, np.int64)
         columns = [torch.from_numpy(one) for one in (doc, bucket.pos, bucket.token)]

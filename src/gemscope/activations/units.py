@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from gemscope.activations import statistics
+from gemscope.activations.passes import Passes, Scratch
 from gemscope.activations.pieces import PieceBatch, Pieces, batches
 from gemscope.activations.plan import Plan
 from gemscope.activations.shards import (
@@ -92,53 +93,61 @@ def shuffle_seed(plan: Plan, unit: int, bucket: int) -> list[int]:
     return [int(plan.config["seed"]), unit, bucket]
 
 
+class Filling:
+    """A bucket that the rows of some pieces go into, permuted, and where they stand."""
+
+    def __init__(
+        self,
+        gemma: Gemma,
+        plan: Plan,
+        pieces: Pieces,
+        chosen: npt.NDArray[np.int64],
+        seed: Sequence[int],
+        into: Bucket,
+    ) -> None:
+        self.bucket = into
+        self.rows = 0
+        """Rows that are through."""
+        self._plan, self._pieces, self._chosen = plan, pieces, chosen
+        counts = pieces.rows[chosen]
+        total = int(counts.sum())
+        self._place = torch.from_numpy(np.random.default_rng(list(seed)).permutation(total))
+        self._where = np.zeros(len(pieces), dtype=np.int64)
+        self._where[chosen] = np.concatenate([[0], np.cumsum(counts)])[:-1]
+        self._dropped = torch.zeros(total, dtype=torch.bool)
+        self._sums: list[tuple[int, Mapping[Site, Tensor]]] = []
+        self.batches = batches(gemma, pieces, chosen, int(plan.config["batch_tokens"]), plan.row_tokens)
+
+    def start(self, one: PieceBatch, passes: Passes) -> _Moved:
+        """The forward pass of a batch."""
+        size = self._pieces.rows[one.pieces]
+        at = np.arange(size.sum()) + np.repeat(self._where[one.pieces] - (np.cumsum(size) - size), size)
+        return _start(passes.gemma, self._plan, one, self._place[torch.from_numpy(at)], passes.scratch)
+
+    def land(self, moved: _Moved) -> tuple[int, int, Mapping[Site, Tensor]]:
+        """Put rows that have arrived into their places, which are no other batch's; their number, how many of them are
+        kept and the sums over these.
+        """
+        for event in moved.ready:
+            event.synchronize()
+        for site, x in moved.rows.items():
+            _whole_rows(self.bucket.data[site])[moved.place.numpy()] = _whole_rows(x)
+        self._dropped[moved.place] = moved.outlier
+        kept = len(moved.place) - (int(moved.outlier.sum()) if self._plan.config["drop_outliers"] else 0)
+        return len(moved.place), kept, moved.sums
+
+    def add(self, landed: tuple[int, int, Mapping[Site, Tensor]]) -> bool:
+        """Take what ``land`` gave, in the order of the batches; whether these were the last rows, and all is ready."""
+        self.rows += landed[0]
+        self._sums.append(landed[1:])
+        if self.rows < len(self._place):
+            return False
+        _finish(self._plan, self._pieces, self._chosen, self._place, self.bucket, self._dropped, self._sums)
+        return True
+
+
 @torch.no_grad()
-def fill(
-    gemma: Gemma, plan: Plan, pieces: Pieces, chosen: npt.NDArray[np.int64], seed: Sequence[int], into: Bucket
-) -> Iterator[int]:
-    """Run the chosen pieces and put their rows, permuted, into the bucket; gives the rows done after each batch."""
-    counts = pieces.rows[chosen]
-    total = int(counts.sum())
-    place = torch.from_numpy(np.random.default_rng(list(seed)).permutation(total))
-    first = np.concatenate([[0], np.cumsum(counts)])
-    where = np.zeros(len(pieces), dtype=np.int64)
-    where[chosen] = first[:-1]
-    dropped = torch.zeros(total, dtype=torch.bool)
-    sums: list[tuple[int, dict[Site, Tensor]]] = []
-    waiting: _Moved | None = None
-    scratch = _Scratch()
-    done = 0
-    for one in batches(gemma, pieces, chosen, int(plan.config["batch_tokens"]), plan.row_tokens):
-        size = pieces.rows[one.pieces]
-        at = np.arange(size.sum()) + np.repeat(where[one.pieces] - (np.cumsum(size) - size), size)
-        moved = _start(gemma, plan, one, place[torch.from_numpy(at)], scratch)
-        if waiting is not None:
-            _land(waiting, plan, into, dropped, sums)
-        waiting = moved
-        done += len(moved.place)
-        yield done
-    if waiting is not None:
-        _land(waiting, plan, into, dropped, sums)
-    _finish(plan, pieces, chosen, place, into, dropped, sums)
-
-
-class _Scratch:
-    """Memory that is used again: what is allocated anew is cleared by the system page by page, which takes longer than
-    the work done in it.
-    """
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def like(self, x: Float[Tensor, "rows width"], dtype: torch.dtype) -> Float[Tensor, "rows width"]:
-        """Room for ``x``, holding anything; gone when the same is asked for again."""
-        there = self._found.get((x.device, dtype))
-        if there is None or there.numel() < x.numel():
-            there = self._found[x.device, dtype] = torch.empty(x.numel(), dtype=dtype, device=x.device)
-        return there[: x.numel()].view(x.shape)
-
-
-def _start(gemma: Gemma, plan: Plan, one: PieceBatch, place: Int[Tensor, "rows"], scratch: _Scratch) -> _Moved:
+def _start(gemma: Gemma, plan: Plan, one: PieceBatch, place: Int[Tensor, "rows"], scratch: Scratch) -> _Moved:
     """The forward pass of a batch, and its rows on their way to the host."""
     captured = gemma.capture(one.batch, plan.sites)
     flat: dict[torch.device, Tensor] = {}
@@ -171,19 +180,6 @@ def _to_host(x: Tensor) -> Tensor:
     if x.device.type != "cuda":
         return x.cpu()
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-
-def _land(
-    moved: _Moved, plan: Plan, into: Bucket, dropped: Bool[Tensor, "total"], sums: list[tuple[int, dict[Site, Tensor]]]
-) -> None:
-    """Put rows that have arrived into their places."""
-    for event in moved.ready:
-        event.synchronize()
-    for site, x in moved.rows.items():
-        _whole_rows(into.data[site])[moved.place.numpy()] = _whole_rows(x)
-    dropped[moved.place] = moved.outlier
-    kept = len(moved.place) - (int(moved.outlier.sum()) if plan.config["drop_outliers"] else 0)
-    sums.append((kept, moved.sums))
 
 
 def _whole_rows(x: Float[Tensor, "rows width"]) -> npt.NDArray[Any]:

@@ -5,6 +5,7 @@ which only the text decoder runs. All methods may be called from several threads
 turns.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +94,15 @@ class Gemma:
         Raises UnsupportedModelError, FormatError for a tokenizer that is not Gemma's, SelfTestError.
         """
         return cls(model, tokenizer, name, None, check)
+
+    def twin(self) -> "Gemma":
+        """The same weights in modules of their own: hooks belong to modules, so one model makes one pass at a time."""
+        memo: dict[int, Any] = {id(one): one for one in (*self.model.parameters(), *self.model.buffers())}
+        other = copy.copy(self)
+        with lock_of(self.decoder.trunk):
+            other.model = copy.deepcopy(self.model, memo)
+        other.decoder = find_decoder(other.model, self.name)
+        return other
 
     @property
     def device(self) -> torch.device:

@@ -191,15 +191,15 @@ def test_a_full_disk_leaves_no_half_unit_and_the_next_run_goes_on(tmp_path, undi
 
 
 def test_an_interrupt_leaves_no_half_unit_and_the_next_run_goes_on(tmp_path, undisturbed, monkeypatch):
-    folder, fill, calls = tmp_path / "s", harvesting.fill, []
+    folder, filling, calls = tmp_path / "s", harvesting.Filling, []
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return fill(*args)
+        return filling(*args)
 
-    monkeypatch.setattr(harvesting, "fill", interrupted)
+    monkeypatch.setattr(harvesting, "Filling", interrupted)
     with pytest.raises(KeyboardInterrupt):
         small.store(folder)
     monkeypatch.undo()
@@ -369,8 +369,8 @@ def test_a_bucket_never_outgrows_its_room():
 
 def test_the_interpreters_lock_is_handed_on_soon_while_harvesting_and_as_before_afterwards(tmp_path, monkeypatch):
     before, seen = sys.getswitchinterval(), []
-    fill = harvesting.fill
-    monkeypatch.setattr(harvesting, "fill", lambda *words: seen.append(sys.getswitchinterval()) or fill(*words))
+    filling = harvesting.Filling
+    monkeypatch.setattr(harvesting, "Filling", lambda *words: seen.append(sys.getswitchinterval()) or filling(*words))
     small.store(tmp_path / "s")
     assert seen
     assert max(seen) < before / 10
