@@ -7,7 +7,7 @@ tokenizes or writes, some wait. Two passes, each on half of the threads, fill ea
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TypeVar
 
@@ -16,7 +16,9 @@ import torch
 from gemscope.core.arrays import Float, Tensor
 from gemscope.models.gemma import Gemma
 
-Item, Moved, Landed = TypeVar("Item"), TypeVar("Moved"), TypeVar("Landed")
+Item = TypeVar("Item")
+Moved = TypeVar("Moved")
+Landed = TypeVar("Landed")
 
 AT_ONCE = 2
 """Passes at a time on a CPU of at least so many threads."""
@@ -50,7 +52,7 @@ class Passes:
             self._ahead = AT_ONCE
             self._pool = ThreadPoolExecutor(AT_ONCE, "pass", _take, (threads // AT_ONCE,))
             together = threading.Barrier(AT_ONCE)
-            deque(self._pool.map(lambda _: together.wait(), range(AT_ONCE)), maxlen=0)
+            wait([self._pool.submit(together.wait) for _ in range(AT_ONCE)])
             torch.set_num_threads(threads)  # what new threads begin with is what was set last
 
     def __enter__(self) -> "Passes":

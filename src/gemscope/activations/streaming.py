@@ -7,7 +7,6 @@ rows of a pool are permuted: the shuffle of a store, with a forward pass in the 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -125,9 +124,7 @@ class _LiveReader:
             seed = [self._seed, epoch, pool, LIVE_ROWS]
             filling = Filling(gemma, plan, pieces, np.arange(len(pieces)), seed, bucket)
             with Passes(gemma) as passes:
-                start, land = partial(filling.start, passes=passes), lambda _, moved: filling.land(moved)
-                for _, landed in passes.each(filling.batches, start, land):
-                    filling.add(landed)
+                filling.run(passes)
         numbers = np.array([number for number, _ in chosen], dtype=np.int64)
         doc = numbers[bucket.doc] if bucket.rows else np.empty(0, np.int64)
         columns = [torch.from_numpy(one) for one in (doc, bucket.pos, bucket.token)]

@@ -118,6 +118,13 @@ class Filling:
         self._sums: list[tuple[int, Mapping[Site, Tensor]]] = []
         self.batches = batches(gemma, pieces, chosen, int(plan.config["batch_tokens"]), plan.row_tokens)
 
+    def run(self, passes: Passes) -> None:
+        """All of it."""
+        for _, landed in passes.each(
+            self.batches, lambda one: self.start(one, passes), lambda _, moved: self.land(moved)
+        ):
+            self.add(landed)
+
     def start(self, one: PieceBatch, passes: Passes) -> _Moved:
         """The forward pass of a batch."""
         size = self._pieces.rows[one.pieces]
