@@ -1,8 +1,7 @@
 """Searching an index of 1 M made-up features by words, and the page of a feature: milliseconds of library time.
 
 Wanted: a search by word under 50 ms at the 95th percentile, a page under 20 ms. Cold: the index is opened anew and its
-files are dropped from the page cache before each question; warm: the same questions
-asked a second time.
+files are dropped from the page cache before each question; warm: the same questions asked a second time.
 """
 
 import os

@@ -12,9 +12,8 @@ import os
 import shutil
 import socket
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ import torch
 from gemscope.activations import locks
 from gemscope.activations.finishing import finish, read_record
 from gemscope.activations.passes import AT_ONCE, Passes
-from gemscope.activations.pieces import PieceBatch, Pieces, encode
 from gemscope.activations.plan import HarvestConfig, Plan, check_same, make_plan, resolved
 from gemscope.activations.shards import FileRecord, check_size
 from gemscope.activations.sources import Source
-from gemscope.activations.units import Bucket, Filling, UnitFiles, bucket_pieces, capacity, shuffle_seed
+from gemscope.activations.turns import Turns
+from gemscope.activations.units import capacity
 from gemscope.core.errors import FormatError, InputError, StorageError
 from gemscope.core.files import storage_error, write_json
 from gemscope.core.process import kept_memory, quick_turns
@@ -235,29 +234,11 @@ def sweep(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """A bucket to fill, and where it goes."""
-
-    filling: Filling
-    files: UnitFiles
-    turn: int
-    """Which of the two buckets it is."""
-    skipped: int | None
-    """Documents that the unit skipped, with its last bucket."""
-
-
 def write_units(
     gemma: Gemma, source: Source, plan: Plan, folder: Path, units: Sequence[int], progress: Report | None = None
 ) -> None:
     """Harvest some units; on any error what is whole stays and nothing else does."""
-    buckets = [Bucket.empty(plan, capacity(plan)) for _ in range(2)]
-    written: list[Future[None] | None] = [None, None]
-    filled = [True, True]
-    unfinished = list[UnitFiles]()
-    syncs: deque[Future[dict[str, Any]]] = deque()
-    count = _Counter(plan, units, progress)
-    whole = 0
+    count, whole = _Counter(plan, units, progress), 0
     with (
         Passes(gemma) as passes,
         quick_turns(),
@@ -266,91 +247,24 @@ def write_units(
         ThreadPoolExecutor(1, "write") as writing,
         ThreadPoolExecutor(1, "sync") as syncing,
     ):
-
-        def finish(files: UnitFiles, skipped: int) -> None:
-            unfinished.remove(files)
-            syncs.append(syncing.submit(_finish_unit, files, skipped, list(written)))
-
-        def jobs() -> Iterator[tuple[_Job, PieceBatch] | None]:
-            turn, upcoming = 0, reading.submit(_read, gemma, source, plan, units[0])
-            for place, unit in enumerate(units):
-                pieces = upcoming.result()
-                if place + 1 < len(units):
-                    upcoming = reading.submit(_read, gemma, source, plan, units[place + 1])
-                unfinished.append(files := UnitFiles(folder, plan, unit))
-                parts = list(bucket_pieces(pieces, plan.bucket_rows))
-                for number, chosen in enumerate(parts):
-                    while not filled[turn]:
-                        yield None
-                    if (before := written[turn]) is not None:
-                        before.result()
-                    filled[turn] = False
-                    filling = Filling(gemma, plan, pieces, chosen, shuffle_seed(plan, unit, number), buckets[turn])
-                    job = _Job(filling, files, turn, pieces.skipped if number == len(parts) - 1 else None)
-                    yield from ((job, one) for one in filling.batches)
-                    turn = 1 - turn
-                if not parts:
-                    finish(files, pieces.skipped)
-
+        turns = Turns(gemma, source, plan, folder, writing, syncing)
         try:
             for (job, _), landed in passes.each(
-                jobs(),
+                turns.jobs(units, reading),
                 lambda item: item[0].filling.start(item[1], passes),
                 lambda item, moved: item[0].filling.land(moved),
             ):
-                filled[job.turn] = job.filling.add(landed)
-                whole += _settled(syncs)
+                full = job.filling.add(landed)
+                whole += turns.settled()
                 count.batch(job.filling.rows, whole)
-                if filled[job.turn]:
+                if full:
                     count.bucket()
-                    written[job.turn] = writing.submit(job.files.append, job.filling.bucket)
-                    if job.skipped is not None:
-                        finish(job.files, job.skipped)
+                    turns.write(job)
         except BaseException:
-            for files in unfinished:
-                syncing.submit(_give_up, files, list(written))
+            turns.give_up()
             raise
-        wait(syncs)
-        count.batch(0, whole + _settled(syncs))
-
-
-def _settled(syncs: deque[Future[dict[str, Any]]]) -> int:
-    """Take off those that are done and give their number; the error of one that failed is raised at once."""
-    count = 0
-    while syncs and syncs[0].done():
-        syncs.popleft().result()
-        count += 1
-    return count
-
-
-def _finish_unit(files: UnitFiles, skipped: int, written: Sequence[Future[None] | None]) -> dict[str, Any]:
-    """In the thread that syncs, once every append is through; after a failed one nothing more is finished."""
-    appends = [one for one in written if one is not None]
-    wait(appends)
-    try:
-        for one in appends:
-            one.result()
-    except BaseException:
-        files.abort()
-        raise
-    return files.finish(skipped)
-
-
-def _give_up(files: UnitFiles, written: Sequence[Future[None] | None]) -> None:
-    """In the same thread, so that a unit is never finished and given up at once."""
-    wait(one for one in written if one is not None)
-    files.abort()
-
-
-def _read(gemma: Gemma, source: Source, plan: Plan, unit: int) -> Pieces:
-    start, stop = plan.range(unit)
-    texts = list(source.read(start, stop))
-    if len(texts) < stop - start:
-        raise InputError(
-            f"the text has changed: documents {start} to {stop} were planned and {len(texts)} of them are there;"
-            " give the same text again, or choose another folder."
-        )
-    return encode(gemma, texts, start, int(plan.config["context"]))
+        turns.wait()
+        count.batch(0, whole + turns.settled())
 
 
 class _Counter:

@@ -22,6 +22,8 @@ Landed = TypeVar("Landed")
 
 AT_ONCE = 2
 """Passes at a time on a CPU of at least so many threads."""
+_SETTING = threading.Lock()
+"""Held while numbers of threads are set, for the last one that is set is everybody's."""
 
 
 class Scratch:
@@ -49,11 +51,7 @@ class Passes:
         self._pool: ThreadPoolExecutor | None = None
         self._ahead = 1
         if gemma.device.type == "cpu" and threads >= AT_ONCE:
-            self._ahead = AT_ONCE
-            self._pool = ThreadPoolExecutor(AT_ONCE, "pass", _take, (threads // AT_ONCE,))
-            together = threading.Barrier(AT_ONCE)
-            wait([self._pool.submit(together.wait) for _ in range(AT_ONCE)])
-            torch.set_num_threads(threads)  # what new threads begin with is what was set last
+            self._ahead, self._pool = AT_ONCE, _sharing(threads)
 
     def __enter__(self) -> "Passes":
         return self
@@ -105,6 +103,21 @@ class Passes:
             return self._pool.submit(lambda: land(item, start(item))).result
         moved = start(item)
         return lambda: land(item, moved)
+
+
+def _sharing(threads: int) -> ThreadPoolExecutor:
+    """Threads with an equal share of ``threads`` each."""
+    pool, together = ThreadPoolExecutor(AT_ONCE, "pass", _take, (threads // AT_ONCE,)), threading.Barrier(AT_ONCE)
+    with _SETTING:
+        try:
+            wait([pool.submit(together.wait) for _ in range(AT_ONCE)])
+        except BaseException:
+            together.abort()
+            pool.shutdown(wait=False)
+            raise
+        finally:
+            torch.set_num_threads(threads)  # what new threads begin with is what was set last
+    return pool
 
 
 def _take(threads: int) -> None:

@@ -4,7 +4,7 @@ Notable:
 - a row's place in its bucket is known before the forward pass, so that rows go straight to where they belong:
   the shuffle costs no pass of its own, and is the same for all sites;
 - the copy to the host of one batch overlaps with the forward pass of the next (on CUDA), the writing of one
-  bucket with the filling of the next (another thread, see ``harvesting``).
+  bucket with the filling of the next (another thread, see ``turns``).
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence

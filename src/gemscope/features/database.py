@@ -157,6 +157,7 @@ def writing(path: Path) -> Generator[sqlite3.Connection]:
 def add_labels(path: Path, labels: Iterable[Label], replace: Sequence[str] = ()) -> None:
     """Add labels; those of the sources in ``replace`` are removed before."""
     with writing(path) as base:
+        base.execute("BEGIN IMMEDIATE")  # nobody else numbers at the same time
         for source in replace:
             base.execute("DELETE FROM label WHERE source = ?", (source,))
         begin = base.execute("SELECT coalesce(max(id & ?), -1) + 1 FROM label", (_NUMBERS,)).fetchone()[0]
@@ -193,7 +194,7 @@ def question_of(words: str) -> str:
 def _id_of(label: Label, number: int) -> int:
     """An id in whose order labels are the best first: hits come in it from the words' index, and nothing is sorted."""
     words = min(len(_WORD.findall(label.text)), _LONGEST)
-    worse = round(_SCORES * (1 - min(max(label.score or 0.0, 0.0), 1.0)))
+    worse = round(_SCORES * (1 - min(max(0.0, label.score or 0.0), 1.0)))
     return (words * (_SCORES + 1) + worse) * (_NUMBERS + 1) + number
 
 

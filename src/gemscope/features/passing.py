@@ -24,6 +24,7 @@ from gemscope.core.files import read_json, read_tensors, write_json, write_tenso
 from gemscope.core.sites import Site
 from gemscope.core.tensor_files import TensorFile
 from gemscope.dictionaries.sparse import Support
+from gemscope.features import layout
 from gemscope.features.blocks import Block, Rows, Where
 from gemscope.features.config import IndexConfig
 from gemscope.features.tally import STEPS, Tally, step_range
@@ -51,7 +52,13 @@ class Part:
 def plan_of(rows: Rows, dictionaries: Mapping[str, Loaded], config: IndexConfig) -> dict[str, Any]:
     """What a pass is made of, as plain JSON values; another pass in the same folder has to have the same."""
     described = {name: _described(loaded) for name, loaded in dictionaries.items()}
-    plan = {"gemscope": __version__, "rows": rows.describe(), "units": rows.units, "config": config.as_dict()}
+    plan = {
+        "gemscope": __version__,
+        "version": layout.VERSION,
+        "rows": rows.describe(),
+        "units": rows.units,
+        "config": config.as_dict(),
+    }
     return json.loads(json.dumps({**plan, "dictionaries": described}, default=str))
 
 

@@ -40,6 +40,8 @@ class Pieces:
 
     def ids_of(self, texts: Iterable[str]) -> list[int]:
         """Tokens with one of these spellings."""
+        for array in (self._starts, self._text):
+            layout.prefetch(array, np.zeros(1, np.int64), len(array))
         lengths, whole, found = np.diff(self._starts), np.array(self._text), list[int]()
         for text in texts:
             spelling = text.encode()

@@ -9,6 +9,7 @@ from gemscope.artifacts.examples import FILE, Examples
 from gemscope.core.arrays import Float, Tensor
 from gemscope.core.errors import InputError
 from gemscope.core.files import write_tensors
+from gemscope.features import layout
 from gemscope.features.importing import FoundContexts, FoundExample, FoundLatent, write_index
 from gemscope.features.index import FeatureIndex
 from gemscope.models.gemma import Gemma
@@ -23,6 +24,7 @@ def export_examples(index: FeatureIndex, dictionary: str, folder: Path | str, *,
     index.find_id(f"{dictionary}/0")
     parts = index.latents(dictionary)
     records = parts.records
+    layout.prefetch(index.contexts.tokens, np.zeros(1, np.int64), len(index.contexts.tokens))
     starts = np.append(np.load(index.folder / "starts.npy"), len(index.contexts.tokens))
     first, count = records["examples"].astype(np.int64), records["n_top"].astype(np.int64)
     kept = max(1, int(count.max(initial=0)))

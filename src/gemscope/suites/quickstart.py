@@ -29,6 +29,7 @@ from gemscope.core.sites import Site
 from gemscope.evaluation.evaluate import EvaluateConfig, evaluate
 from gemscope.evaluation.result import Evaluation
 from gemscope.evaluation.subject import Subject
+from gemscope.features import layout
 from gemscope.models.gemma import Gemma
 from gemscope.models.loading import BUILT_IN
 from gemscope.models.weights import weights_hash
@@ -290,7 +291,7 @@ def _index_stage(run: _Run, names: tuple[str, ...]) -> None:
     """The evidence for every latent of all dictionaries."""
     config = run.config
     tokens = min(config.tokens, config.index_tokens)
-    key = _key(keys=run.keys, others=names, tokens=tokens)
+    key = _key(keys=run.keys, others=names, tokens=tokens, version=layout.VERSION)
     if indexing.is_indexed(run.folder, key):
         run.reused("index", "tokens", tokens)
         return

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemscope.activations import harvesting, locks
+from gemscope.activations import harvesting, locks, turns
 from gemscope.activations.harvest import harvest
 from gemscope.activations.harvesting import HarvestProgress, Slice, estimate, harvest_to
 from gemscope.activations.plan import HarvestConfig, Plan
@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_no_half_unit_and_the_next_run_goes_on(tmp_path, undi
 
 
 def test_an_interrupt_leaves_no_half_unit_and_the_next_run_goes_on(tmp_path, undisturbed, monkeypatch):
-    folder, filling, calls = tmp_path / "s", harvesting.Filling, []
+    folder, filling, calls = tmp_path / "s", turns.Filling, []
 
     def interrupted(*args):
         calls.append(args)
@@ -199,7 +199,7 @@ def test_an_interrupt_leaves_no_half_unit_and_the_next_run_goes_on(tmp_path, und
             raise KeyboardInterrupt
         return filling(*args)
 
-    monkeypatch.setattr(harvesting, "Filling", interrupted)
+    monkeypatch.setattr(turns, "Filling", interrupted)
     with pytest.raises(KeyboardInterrupt):
         small.store(folder)
     monkeypatch.undo()
@@ -369,8 +369,8 @@ def test_a_bucket_never_outgrows_its_room():
 
 def test_the_interpreters_lock_is_handed_on_soon_while_harvesting_and_as_before_afterwards(tmp_path, monkeypatch):
     before, seen = sys.getswitchinterval(), []
-    filling = harvesting.Filling
-    monkeypatch.setattr(harvesting, "Filling", lambda *words: seen.append(sys.getswitchinterval()) or filling(*words))
+    filling = turns.Filling
+    monkeypatch.setattr(turns, "Filling", lambda *words: seen.append(sys.getswitchinterval()) or filling(*words))
     small.store(tmp_path / "s")
     assert seen
     assert max(seen) < before / 10

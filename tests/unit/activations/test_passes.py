@@ -1,10 +1,19 @@
+import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from gemscope.activations.harvesting import write_units
 from gemscope.activations.passes import AT_ONCE, Passes
+from gemscope.activations.plan import Plan
+from gemscope.activations.sources import Documents
+from gemscope.activations.store import Store
+from gemscope.activations.units import Filling
+from gemscope.activations.upkeep import verify
+from gemscope.core.errors import InputError
 from unit.activations import small
 
 
@@ -101,9 +110,60 @@ def test_an_item_that_has_to_wait_comes_when_one_more_has_landed(count):
     assert log == ["wait"] * 5
 
 
-def test_a_store_made_with_two_passes_at_a_time_is_the_store_made_with_one(tmp_path, monkeypatch):
+def test_a_store_made_with_two_passes_at_a_time_is_the_store_made_with_one(tmp_path):
     torch.set_num_threads(1)
     small.store(tmp_path / "one")
     torch.set_num_threads(2)  # each pass has one thread, so that every product is the same
     small.store(tmp_path / "two")
     assert small.content(tmp_path / "one") == small.content(tmp_path / "two")
+
+
+@pytest.mark.parametrize("step", ["start", "land"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_stops_one_of_two_passes_leaves_nothing_half_and_the_next_run_goes_on(tmp_path, monkeypatch, step, error):
+    torch.set_num_threads(2)
+    plain, calls, last = getattr(Filling, step), [], [10**9]
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == last[0]:
+            raise error
+        return plain(*args)
+
+    monkeypatch.setattr(Filling, step, stopped)
+    small.store(tmp_path / "whole")
+    last[0] = len(calls) + 2 * len(calls) // 3
+    with pytest.raises(error):
+        small.store(tmp_path / "s")
+    monkeypatch.undo()
+    torch.set_num_threads(2)
+    assert not list((tmp_path / "s").rglob("*.tmp"))
+    assert 0 < len(list((tmp_path / "s" / "units").glob("*.json"))) < Plan.read(tmp_path / "s").units
+    small.store(tmp_path / "s")
+    assert small.content(tmp_path / "s") == small.content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_unit_without_rows_and_buckets_of_one_batch(tmp_path, count):
+    torch.set_num_threads(count)
+    items = list(small.corpus().items)
+    items[40:90] = [""] * 50  # a unit and more
+    config = replace(small.CONFIG, bucket_rows=40, unit_rows=120)
+    small.store(tmp_path / "s", config, Documents(tuple(items)))
+    records = [json.loads(path.read_text()) for path in (tmp_path / "s" / "units").glob("*.json")]
+    assert any(one["rows"] == 0 for one in records)
+    store = Store.open(tmp_path / "s")
+    assert store.rows == sum(one["rows"] for one in records) > 0
+    assert verify(tmp_path / "s") == []
+
+
+def test_units_that_were_read_are_whole_when_a_later_one_cannot_be_read(tmp_path):
+    torch.set_num_threads(2)
+    small.store(tmp_path / "whole")
+    cut = Plan.read(tmp_path / "whole").range(3)[0] + 1
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "plan.json").write_bytes((tmp_path / "whole" / "plan.json").read_bytes())
+    source, plan = Documents(small.corpus().items[:cut]), Plan.read(tmp_path / "s")
+    with pytest.raises(InputError, match="the text has changed"):
+        write_units(small.model(), source, plan, tmp_path / "s", range(plan.units))
+    assert len(list((tmp_path / "s" / "units").glob("*.json"))) == 3

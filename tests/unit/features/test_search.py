@@ -8,7 +8,7 @@ from gemscope.artifacts.config import DictionaryConfig, Loaded
 from gemscope.core.errors import FormatError, InputError
 from gemscope.core.sites import Site
 from gemscope.dictionaries.sae import SAE
-from gemscope.features import database, search
+from gemscope.features import database, layout, search
 from gemscope.features.blocks import LiveRows
 from gemscope.features.config import IndexConfig
 from gemscope.features.database import Label, add_labels
@@ -80,7 +80,9 @@ def test_of_many_hits_the_best_come_first_whenever_they_were_added(tmp_path):
     add_labels(path, made[:500])
     add_labels(path, made[500:])
     add_labels(path, [Label(901, "a cat", "s"), Label(902, "cats", "s", 0.2), Label(903, "cat", "t", 0.7)])
+    add_labels(path, [Label(904, "cat and dog", "s", float("nan"))])
     base = database.Database(path)
+    assert [one.feature for one in base.search("cat dog", 4)] == [904]
     assert [one.feature for one in base.search("cat", 4)] == [903, 902, 901, 49]
     best = sorted(range(900), key=lambda i: (i % 7, -(i % 10), i))
     assert [one.feature for one in base.search("cat x", 900)] == best
@@ -273,3 +275,15 @@ def test_an_sae_with_a_dead_latent_has_an_empty_page(tmp_path):
     page = built.feature("dead/1")
     assert (page.count, page.peak, page.top, page.histogram, page.partners) == (0, 0.0, (), (), ())
     assert page.groups == ((), ())
+
+
+def test_an_index_of_an_older_layout_is_named_and_taken_for_another_one(made, monkeypatch):
+    _, built, _ = made
+    old = layout.VERSION
+    monkeypatch.setattr(layout, "VERSION", old + 1)
+    with pytest.raises(FormatError, match="make the index again"):
+        FeatureIndex.open(built.folder)
+    model, _, loaded = made
+    rows = LiveRows(model, [model.tokens(text) for text in TEXTS])
+    with pytest.raises(InputError, match="another"):
+        index(built.folder, rows, loaded, CONFIG, gemma=model)
