@@ -30,7 +30,7 @@ from gemscope.lens.attention import (
 )
 from gemscope.lens.heads import words
 from gemscope.lens.inputs import Target, as_tokens, identity
-from gemscope.lens.lines import TOKEN, cut, pad, words_of
+from gemscope.lens.lines import TOKEN, cut, number, pad, short, words_of
 from gemscope.lens.null_band import NullBand, Runs, later_queries, movement, null_band
 from gemscope.lens.result import Result
 from gemscope.models.gemma import Gemma
@@ -211,7 +211,7 @@ class AttentionDifference(Result):
     def text(self, width: int = 80, top: int = 8) -> str:
         width = max(width, 60)
         lines = [*(cut(line, width) for line in (self.title, *self.notes())), "", *self._heads(top), ""]
-        lines += ["what moved most" + (f" (the effect is on {self.target})" if self.target else "")]
+        lines += [cut("what moved most" + (f" (the effect is on {self.target})" if self.target else ""), width)]
         return "\n".join([*lines, *self._moves(self.moved(top))])
 
     def head_text(self, head: tuple[int, int], width: int = 80, top: int = 12) -> str:
@@ -233,15 +233,16 @@ class AttentionDifference(Result):
         return found
 
     def _heads(self, top: int) -> list[str]:
-        lines = [pad("head", 8) + pad("sees", 14) + f"{'moved':>8}{'no first':>10}{'null':>16}{'z':>8}"]
+        lines = [pad("head", 8) + pad("sees", 14) + f"{'moved':>8}{'no first':>10}{'null':>17}{'z':>8}"]
         scores, without, z = self.scores, self.scores_without_first, self.z
         for row, head in self.ranked()[:top]:
             about = self.layers[row]
-            band, score = "–", "–"
+            band, score = f"{'–':>17}", f"{'–':>8}"
             if self.null is not None and z is not None:
                 samples = self.null.scores[:, row, head]
-                band, score = f"{float(samples.mean()):.3f} ± {float(samples.std()):.3f}", f"{float(z[row, head]):.1f}"
-            numbers = f"{float(scores[row, head]):>8.3f}{float(without[row, head]):>10.3f}{band:>16}{score:>8}"
+                middle, spread = (short(float(x), 6, 3) for x in (samples.mean(), samples.std()))
+                band, score = f"{f'{middle} ± {spread}':>17}", number(z[row, head], 8, 1)
+            numbers = number(scores[row, head], 8, 3) + number(without[row, head], 10, 3) + band + score
             lines.append(pad(f"{about.layer}.{head}", 8) + pad(sees(about), 14) + numbers)
         return lines
 
@@ -249,7 +250,7 @@ class AttentionDifference(Result):
         names = self.names()
         lines = [pad("head", 7) + pad("query", TOKEN + 5) + pad("key", TOKEN + 5) + f"{'a':>8}{'b':>8}{'change':>9}"]
         for m in moves:
-            numbers = f"{m.before:>8.3f}{m.after:>8.3f}{m.change:>+9.3f}"
+            numbers = number(m.before, 8, 3) + number(m.after, 8, 3) + number(m.change, 9, 3, sign="+")
             query, key = (pad(f"{names[i]}@{i}", TOKEN + 5) for i in (m.query, m.key))
             lines.append(pad(f"{m.layer}.{m.head}", 7) + query + key + numbers)
         return lines if len(lines) > 1 else ["nothing"]
