@@ -18,7 +18,7 @@ from gemscope.core.arrays import Bool, Float, Tensor
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
 from gemscope.lens import pictures
-from gemscope.lens.inputs import Target, as_tokens, find_target, identity
+from gemscope.lens.inputs import Asked, Target, as_tokens, find_target, identity
 from gemscope.lens.lines import TOKEN, cut, fit, hang, number, pad, short
 from gemscope.lens.result import Result
 from gemscope.lens.writing import head_values, post_norm, value_norms
@@ -144,8 +144,8 @@ def attend(
     *,
     kind: Kind = "weight",
     layers: Sequence[int] | None = None,
-    target: str | None = None,
-    other: str | None = None,
+    target: Asked | None = None,
+    other: Asked | None = None,
 ) -> AttentionMaps:
     """Attention of ``layers`` (None: all) on a text, in the unit ``kind``.
 
@@ -163,13 +163,13 @@ def plan(
     tokens: Tokens,
     kind: Kind,
     layers: Sequence[int] | None = None,
-    target: str | None = None,
-    other: str | None = None,
+    target: Asked | None = None,
+    other: Asked | None = None,
 ) -> tuple[tuple[LayerAttention, ...], Target | None]:
     """The layers that are to be read, and the target of an ``effect``; raises as ``attend`` does."""
     chosen = range(gemma.shape.n_layers) if layers is None else dict.fromkeys(layers)
     about = tuple(gemma.shape.attention(layer) for layer in chosen)
-    _check(gemma, tokens, about, kind, target or other)
+    _check(gemma, tokens, about, kind, other if target is None else target)
     return about, _target(gemma, tokens, target, other) if kind == "effect" else None
 
 
@@ -250,12 +250,12 @@ def tokens_dict(tokens: Tokens) -> dict[str, Any]:
     return {"text": tokens.text, "ids": tokens.ids.tolist(), "pieces": list(tokens.pieces)}
 
 
-def _target(gemma: Gemma, tokens: Tokens, target: str | None, other: str | None) -> Target:
+def _target(gemma: Gemma, tokens: Tokens, target: Asked | None, other: Asked | None) -> Target:
     last = gemma.capture(tokens, ["final_in"])["final_in"][0, -1]
     return find_target(gemma, gemma.unembed(last), target, other)
 
 
-def _check(gemma: Gemma, tokens: Tokens, about: Sequence[LayerAttention], kind: str, target: str | None) -> None:
+def _check(gemma: Gemma, tokens: Tokens, about: Sequence[LayerAttention], kind: str, target: Asked | None) -> None:
     if kind not in KINDS:
         raise InputError(f"unknown unit {kind!r}; use one of {', '.join(KINDS)}.")
     if not about:

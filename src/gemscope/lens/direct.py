@@ -15,7 +15,7 @@ from gemscope.core.arrays import Float, Tensor
 from gemscope.core.sites import Site
 from gemscope.lens import pictures
 from gemscope.lens.attention import sees, tokens_dict
-from gemscope.lens.inputs import Target, as_tokens, find_target, identity, place_in
+from gemscope.lens.inputs import Asked, Target, as_tokens, find_target, identity, place_in
 from gemscope.lens.lines import cut, fit, number, pad
 from gemscope.lens.result import Result
 from gemscope.lens.writing import gain_of, head_values, output_weights, post_norm
@@ -114,8 +114,8 @@ def attribute(
     gemma: Gemma,
     text: str | Tokens,
     *,
-    target: str | None = None,
-    other: str | None = None,
+    target: Asked | None = None,
+    other: Asked | None = None,
     position: int = -1,
 ) -> Attribution:
     """The parts of a next token's logit at a position.

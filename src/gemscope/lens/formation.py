@@ -8,7 +8,7 @@ from gemscope.core.arrays import Tensor
 from gemscope.lens import pictures
 from gemscope.lens.attention import sees
 from gemscope.lens.direct import Attribution, attribute
-from gemscope.lens.inputs import as_tokens, identity
+from gemscope.lens.inputs import Asked, as_tokens, identity
 from gemscope.lens.lines import TOKEN, cut, fit, number, pad
 from gemscope.lens.logit_lens import LogitLens, logit_lens
 from gemscope.lens.result import Result
@@ -112,8 +112,8 @@ def form(
     text: str | Tokens,
     *,
     position: int = -1,
-    target: str | None = None,
-    other: str | None = None,
+    target: Asked | None = None,
+    other: Asked | None = None,
     dictionaries: Mapping[int, Microscope] | None = None,
     top: int = 5,
 ) -> Formation:
