@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from gemscope.lens.heads import HeadScores, Pair
     from gemscope.lens.result import Draw, Result
@@ -234,7 +234,7 @@ def _found(scores: "HeadScores", by: str | None, top: int | None) -> str:
     return f"{cut(scores.title, _width())}\n\n{body}"
 
 
-def _consistent(asked: dict[str, object], repeated: bool, **given: object) -> None:
+def _consistent(asked: "Mapping[str, object]", repeated: bool, **given: object) -> None:
     """Raises InputError for options of ``attend`` that do not go together; ``asked`` are those that read one text."""
     from gemscope.core.errors import InputError
 
