@@ -158,17 +158,18 @@ def _places(text: str, word: str) -> list[int]:
 
 
 def _inside_word(text: str, at: int) -> bool:
-    """Whether the characters before and after place ``at`` belong together: both are letters, digits or marks of a
-    script that puts spaces between words, or the second is a mark (Unicode category M) on the first.
+    """Whether the characters before and after place ``at`` belong together: two letters or digits of a script that puts
+    spaces between words, marks (Unicode category M) on the first left aside; or a mark and what it stands on.
     """
-    left, right = text[max(at - 1, 0) : at], text[at : at + 1]
-    if not left or not right or left.isspace():
+    if not 0 < at < len(text):
         return False
+    base = at - 1
+    while base > 0 and _is_mark(text[base]):
+        base -= 1
+    left, right = text[base], text[at]
     if _is_mark(right):
-        return True
-    if _NO_SPACES.match(left) or _NO_SPACES.match(right):
-        return False
-    return right.isalnum() and (left.isalnum() or _is_mark(left))
+        return not left.isspace()
+    return left.isalnum() and right.isalnum() and not _NO_SPACES.match(left) and not _NO_SPACES.match(right)
 
 
 def _is_mark(char: str) -> bool:

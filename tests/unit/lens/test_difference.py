@@ -149,6 +149,7 @@ def test_which_words_were_changed(tiny, a, b, old, new):
         ("C#2 is here", "C#2=D", "D is here"),
         ("cafe\u0301 cafe", "cafe=tea", "cafe\u0301 tea"),
         ("हिन्दी हिन्द", "हिन्द=भारत", "हिन्दी भारत"),
+        ("a ☀\ufe0fabc", "abc=x", "a ☀\ufe0fx"),
         ("xa a a", "a a=b", "xa b"),
         ("a a a", "a a#1=b", "b a"),
         ("か\u3099か", "か=き", "か\u3099き"),
