@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from gemscope.lens.heads import HeadScores, Pair
     from gemscope.lens.result import Draw, Result
@@ -34,6 +34,12 @@ Wanted = Annotated[
     str | None, typer.Option("--target", help="Next token asked about.", show_default="the model's answer")
 ]
 Against = Annotated[str | None, typer.Option("--other", help="Token it is compared with.", show_default="none")]
+Samples = Annotated[
+    int | None, typer.Option("--null", help="Random words beside an edit; 0: none.", min=0, show_default="16")
+]
+Shown = Annotated[
+    int | None, typer.Option("--top", "-k", help="Heads, keys or readings shown.", min=1, show_default="4 to 10")
+]
 Unit = Literal["weight", "written", "effect"]
 
 
@@ -61,9 +67,9 @@ def attend(
     ] = None,
     to: Annotated[str | None, typer.Option("--to", help="... read this one?", show_default=False)] = None,
     repeated: Annotated[bool, typer.Option("--repeated", help="Read random words twice, no TEXT.")] = False,
-    null: Annotated[int, typer.Option(help="Random replacements beside an edit; 0: none.", min=0)] = 16,
-    seed: Annotated[int, typer.Option(help="Of these.", min=0)] = 0,
-    top: Annotated[int, typer.Option("--top", "-k", help="Heads, or keys, shown.", min=1)] = 8,
+    null: Samples = None,
+    seed: Annotated[int | None, typer.Option(help="Of these.", min=0, show_default="0")] = None,
+    top: Shown = None,
     chat: Chat = False,
     model: Model = None,
     out: Out = None,
@@ -71,10 +77,12 @@ def attend(
 ) -> None:
     """Show where every head looks, find heads, or change a word and see attention move."""
     from gemscope.lens import heads
+    from gemscope.lens.alignment import edited
     from gemscope.lens.attention import attend as read
     from gemscope.lens.difference import compare
 
-    _consistent(edit=edit, by=by, head=head, repeated=repeated, text=text, source=source, to=to, unit=unit)
+    asked = {"edit": edit, "head": head, "unit": unit if unit != "weight" else None, "target": target, "other": other}
+    _consistent(asked, repeated, by=by, source=source, to=to, TEXT=text, chat=chat, null=null, seed=seed)
     if repeated:
         scores = heads.find_heads(_load(model))
         return _show(scores, _found(scores, by, top), out, as_json)
@@ -83,35 +91,38 @@ def attend(
     tokens = _tokens(gemma, words, chat)
     chosen = None if head is None else _head(head)
     if edit is not None:
-        from gemscope.lens.alignment import edited
-
         after = _tokens(gemma, edited(words, edit), chat)
-        moved = compare(gemma, tokens, after, kind=unit, target=target, other=other, null_samples=null, seed=seed)
-        shown = moved.text(_width(), top) if chosen is None else moved.head_text(chosen, _width(), top)
+        n, first = 16 if null is None else null, seed or 0
+        moved = compare(gemma, tokens, after, kind=unit, target=target, other=other, null_samples=n, seed=first)
+        shown = moved.text(_width(), top or 8) if chosen is None else moved.head_text(chosen, _width(), top or 8)
         return _show(moved, shown, out, as_json, moved.plot if chosen is None else lambda: moved.plot(chosen))
+    if by is not None or source is not None:
+        scores = heads.find_heads(gemma, tokens, pairs=None if source is None or to is None else _pairs(source, to))
+        return _show(scores, _found(scores, by or f"{source}→{to}", top), out, as_json)
     maps = read(gemma, tokens, kind=unit, target=target, other=other)
     if chosen is not None:
-        shown = maps.head_text(*chosen, width=_width(), top=min(top, 8))
+        shown = maps.head_text(*chosen, width=_width(), top=top or 8)
         return _show(maps, shown, out, as_json, lambda: maps.plot(chosen))
     if unit != "weight":
-        return _show(maps, maps.text(_width()), out, as_json)
-    pairs = None if source is None or to is None else _pairs(source, to)
-    scores = heads.find_heads(gemma, tokens, pairs=pairs)
-    name = by or (f"{source}→{to}" if pairs is not None else None)
-    if by is not None or pairs is not None or as_json:
-        return _show(scores, _found(scores, name, top), out, as_json)
-    return _show(maps, f"{maps.text(_width())}\n\n{scores.text(_width())}", out, as_json)
+        return _show(maps, maps.text(_width(), top or 10), out, as_json)
+    scores = heads.find_heads(gemma, tokens)
+    shown = f"{maps.text(_width())}\n\n{scores.text(_width(), top or 4)}"
+    return _show(maps, shown, out, as_json, numbers=scores)
 
 
 def lens(
     text: Text = None,
-    position: Annotated[int, typer.Option("--position", "-p", help="Where the next token is predicted.")] = -1,
+    position: Annotated[
+        int | None, typer.Option("--position", "-p", help="Where the next token is predicted.", show_default="-1")
+    ] = None,
     target: Wanted = None,
     other: Against = None,
     grid: Annotated[bool, typer.Option("--grid", help="Every position: what each layer would say.")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="Norms, cosines and latents only.")] = False,
     suite: SuiteFolder = None,
-    top: Annotated[int, typer.Option("--top", "-k", help="Latents per layer.", min=1)] = 5,
+    top: Annotated[
+        int, typer.Option("--top", "-k", help="Latents per layer; next tokens kept of the grid.", min=1)
+    ] = 5,
     chat: Chat = False,
     model: Model = None,
     out: Out = None,
@@ -128,17 +139,27 @@ def lens(
 
     if grid and trace:
         raise InputError("give --grid or --trace, not both.")
+    if grid:
+        _unused(
+            "--grid shows every position, one next token asked about and no latents;",
+            other=other,
+            position=position,
+            suite=suite,
+        )
+    if trace:
+        _unused("--trace asks about no next token;", target=target, other=other)
+    at = -1 if position is None else position
     words = _words(text)
     gemma = _load(model)
     tokens = _tokens(gemma, words, chat)
     if grid:
-        read = logit_lens(gemma, tokens, target=target)
+        read = logit_lens(gemma, tokens, target=target, top=top)
         return _show(read, read.text(_width()), out, as_json)
     dictionaries = _dictionaries(gemma, model, suite)
     if trace:
         followed = follow(gemma, tokens, dictionaries=dictionaries, top=top)
-        return _show(followed, followed.text(_width(), position), out, as_json)
-    formed = form(gemma, tokens, position=position, target=target, other=other, dictionaries=dictionaries, top=top)
+        return _show(followed, followed.text(_width(), at), out, as_json)
+    formed = form(gemma, tokens, position=at, target=target, other=other, dictionaries=dictionaries, top=top)
     return _show(formed, formed.text(_width()), out, as_json)
 
 
@@ -166,7 +187,9 @@ def headlines(
     texts: Annotated[
         Path | None, typer.Argument(help="One text a line; '-': standard input.", show_default="the microworld's news")
     ] = None,
-    number: Annotated[int, typer.Option("--number", "-n", help="Headlines of the microworld.", min=1)] = 12,
+    number: Annotated[
+        int | None, typer.Option("--number", "-n", help="Headlines of the microworld.", min=1, show_default="12")
+    ] = None,
     layer: Annotated[int | None, typer.Option("--layer", "-l", help="Layer to read.", min=0)] = None,
     top: Annotated[int, typer.Option("--top", "-k", help="Features shown per text.", min=1)] = 4,
     suite: SuiteFolder = None,
@@ -179,39 +202,64 @@ def headlines(
     from gemscope.models.gemma import Gemma
     from gemscope.suites.headlines import read_headlines
 
-    lines = _news(number) if texts is None else _lines(texts)
+    if texts is not None:
+        _unused("a file is read as a whole;", number=number)
+    lines = _news(number or 12) if texts is None else _lines(texts)
     opened = open_suite(model, suite)
     gemma = Gemma.load(model or opened.model, revision=None if model else opened.revision)
     read = read_headlines(gemma, opened, lines, layer=layer)
     _show(read, read.text(_width(), top), out, as_json)
 
 
-def _show(result: "Result", shown: str, out: Path | None, as_json: bool, draw: "Draw | None" = None) -> None:
+def _show(
+    result: "Result",
+    shown: str,
+    out: Path | None,
+    as_json: bool,
+    draw: "Draw | None" = None,
+    numbers: "Result | None" = None,
+) -> None:
+    """Save ``result`` and print ``shown``; as JSON, the numbers of ``numbers`` (None: of ``result``)."""
     if out is not None:
         result.save(out, draw)
         print(f"wrote {out}", file=sys.stderr)
-    print(json.dumps(result.as_dict(), ensure_ascii=False, indent=2) if as_json else shown)
+    print(json.dumps((numbers or result).as_dict(), ensure_ascii=False, indent=2) if as_json else shown)
 
 
-def _found(scores: "HeadScores", by: str | None, top: int) -> str:
+def _found(scores: "HeadScores", by: str | None, top: int | None) -> str:
     """All metrics, or the heads by one of them."""
     from gemscope.lens.lines import cut
 
-    body = scores.text(_width()) if by is None else scores.table(by, top)
+    body = scores.text(_width(), top or 4) if by is None else scores.table(by, top or 8)
     return f"{cut(scores.title, _width())}\n\n{body}"
 
 
-def _consistent(**given: object) -> None:
-    """Raises InputError for options of ``attend`` that do not go together."""
+def _consistent(asked: "Mapping[str, object]", repeated: bool, **given: object) -> None:
+    """Raises InputError for options of ``attend`` that do not go together; ``asked`` are those that read one text."""
     from gemscope.core.errors import InputError
 
-    if (given["source"] is None) != (given["to"] is None):
+    by, source, null, seed = (given[name] for name in ("by", "source", "null", "seed"))
+    if (source is None) != (given["to"] is None):
         raise InputError("--from and --to go together; name two concepts, as in --from capital --to country.")
-    if given["repeated"] and any(given[name] is not None for name in ("text", "edit", "head", "source")):
-        raise InputError("--repeated reads random words and finds heads; leave out TEXT, --edit, --head, --from.")
-    ranked = given["by"] is not None or given["source"] is not None
-    if ranked and (given["edit"] is not None or given["head"] is not None or given["unit"] != "weight"):
-        raise InputError("--by and --from find heads by their weights; leave out --edit, --head and --unit.")
+    if repeated:
+        words = {"TEXT": given["TEXT"], "from": source, "chat": given["chat"], "null": null, "seed": seed}
+        _unused("--repeated reads random words and finds heads by their weights;", **words, **asked)
+    if by is not None or source is not None:
+        _unused("--by and --from find heads by their weights;", **asked)
+    if asked["edit"] is None:
+        _unused("only an edit is measured against random words; add --edit, or", null=null, seed=seed)
+    if null == 0:
+        _unused("--null 0 draws no random words;", seed=seed)
+
+
+def _unused(why: str, **given: object) -> None:
+    """Raises InputError for options that were given and would do nothing."""
+    from gemscope.core.errors import InputError
+
+    named = [name for name, value in given.items() if value is not None and value is not False]
+    if named:
+        words = ", ".join(name if name == "TEXT" else f"--{name}" for name in named)
+        raise InputError(f"{why} leave out {words}.")
 
 
 def _head(text: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from gemscope.artifacts.config import Loaded
 from gemscope.core.arrays import Float, Int, Tensor
 from gemscope.core.errors import InputError
 from gemscope.dictionaries.logit_effects import logit_effects
-from gemscope.features.effects import directions, to_stream, writes_to_stream
+from gemscope.features.effects import directions, stream_directions, writes_to_stream
 from gemscope.features.index import FeatureIndex
 from gemscope.features.search import Hit, hits_of, spelled
 from gemscope.features.steering import Steer, interventions
@@ -96,7 +96,7 @@ def promised(
         peak, parts = _peaks(index, name).to(mean.device), list[Tensor]()
         for first in range(0, len(peak), block):
             last = min(first + block, len(peak))
-            rows = to_stream(gemma, one.config.writes[0], directions(one, first, last)).float().to(mean.device)
+            rows = stream_directions(gemma, one, first, last).to(mean.device)
             effects = _PROMISED * peak[first:last, None] * logit_effects(rows, gain, table) / size
             parts.append((mean + effects).softmax(-1)[:, which].sum(1).cpu())
         found[name] = torch.cat(parts)

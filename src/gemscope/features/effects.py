@@ -4,6 +4,7 @@ its partners, from the tokens that were sampled.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -36,14 +37,19 @@ def directions(loaded: Loaded, first: int, last: int, out: int | None = None) ->
     dictionary = loaded.dictionary
     if isinstance(dictionary, SingleLayer):
         return dictionary.W_dec[first:last].to(dictionary.compute_dtype)
-    outs = range(dictionary.n_positions) if out is None and loaded.config.kind == "clt" else [out]
-    outs = [dictionary.n_positions - 1 if one is None else one for one in outs]
     found = dictionary.W_dec[0].new_zeros(last - first, dictionary.d_out, dtype=dictionary.compute_dtype)
     for latent, at, rows in _by_layer(dictionary, first, last):
-        for one in outs:
+        for one, _ in _outputs(loaded, out):
             if one >= latent:
                 found[rows] += dictionary.W_dec[latent][one - latent, at].to(found.dtype)
     return found
+
+
+def _outputs(loaded: Loaded, out: int | None) -> list[tuple[int, Site]]:
+    """The outputs whose directions are summed, each with the site it writes to."""
+    last = loaded.dictionary.n_positions - 1
+    chosen = [out] if out is not None else range(last + 1) if loaded.config.kind == "clt" else [last]
+    return [(one, loaded.config.writes[one]) for one in chosen]
 
 
 def _by_layer(dictionary: MultiLayer, first: int, last: int) -> list[tuple[int, slice, slice]]:
@@ -60,7 +66,15 @@ def writes_to_stream(site: Site) -> bool:
     return site.name in ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "final_in", "z")
 
 
-def to_stream(gemma: Gemma, site: Site, x: Float[Tensor, "latents width"]) -> Float[Tensor, "latents d_model"]:
+def stream_directions(
+    gemma: Gemma, loaded: Loaded, first: int, last: int, out: int | None = None
+) -> Float[Tensor, "latents d_model"]:
+    """``directions`` in the residual stream, float32: every output through its own site before they are summed."""
+    parts = (_to_stream(gemma, site, directions(loaded, first, last, one)) for one, site in _outputs(loaded, out))
+    return reduce(torch.add, parts).float()
+
+
+def _to_stream(gemma: Gemma, site: Site, x: Float[Tensor, "latents width"]) -> Float[Tensor, "latents d_model"]:
     """The direction in the residual stream of one at ``site``: for ``z``, through the output projection and the gain of
     the norm behind it (the norm's own scale, one positive number, is left out).
     """
@@ -78,8 +92,7 @@ def promoted(gemma: Gemma, loaded: Loaded, k: int, out: int | None = None) -> tu
     gain; None where the dictionary does not write to the residual stream.
     """
     dictionary = loaded.dictionary
-    site = loaded.config.writes[0 if out is None else out]
-    if not writes_to_stream(site):
+    if not all(writes_to_stream(site) for _, site in _outputs(loaded, out)):
         return None
     device = next(dictionary.parameters()).device
     gain, table = gemma.final_gain().to(device), gemma.unembedding().to(device, torch.float32)
@@ -88,8 +101,7 @@ def promoted(gemma: Gemma, loaded: Loaded, k: int, out: int | None = None) -> tu
     worst: list[tuple[Tensor, Tensor]] = []
     for first in range(0, dictionary.n_latents, block):
         last = min(first + block, dictionary.n_latents)
-        rows = to_stream(gemma, site, directions(loaded, first, last, out)).float()
-        effects = logit_effects(rows, gain, table)
+        effects = logit_effects(stream_directions(gemma, loaded, first, last, out), gain, table)
         for into, largest in ((best, True), (worst, False)):
             found = effects.topk(k, dim=1, largest=largest)
             into.append((found.values, found.indices))
@@ -136,10 +148,11 @@ def nearest(
 
 
 def _space(loaded: Loaded) -> tuple[str, int]:
-    """Vectors in one space can be compared: the residual stream, or else one site of one layer."""
-    site = loaded.config.writes[0]
-    kind = SITE_KINDS[site.name].width if writes_to_stream(site) and site.name != "z" else str(site)
-    return kind, loaded.dictionary.d_out
+    """Vectors in one space can be compared: the residual stream, or else the same sites of the same layers."""
+    sites = [site for _, site in _outputs(loaded, None)]
+    if all(writes_to_stream(site) and site.name != "z" for site in sites):
+        return SITE_KINDS[sites[0].name].width, loaded.dictionary.d_out
+    return " ".join(map(str, sites)), loaded.dictionary.d_out
 
 
 def _unit(loaded: Loaded, first: int, last: int) -> Float[Tensor, "latents d_out"]:

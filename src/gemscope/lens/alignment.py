@@ -5,18 +5,18 @@ and the rest is grown to whole words: a change of one letter may cut the same wo
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from gemscope.core.arrays import Float, Tensor
+from gemscope.core.arrays import Bool, Float, Tensor
 from gemscope.core.errors import InputError
 from gemscope.models.tokens import Role, Tokens
 
 GroupKind = Literal["equal", "replace", "insert", "delete"]
 
-_WORD = re.compile(r"[^\W_]")
 _NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 """Scripts that write no spaces between words: Thai, Lao, Burmese, Khmer, kana, Han."""
 _NUMBERED = re.compile(r"(.+)#(\d+)")
@@ -43,6 +43,16 @@ class Alignment:
     def changed(self) -> int | None:
         """Which group was changed; None when the texts are equal."""
         return next((i for i, group in enumerate(self.groups) if group.kind != "equal"), None)
+
+    @property
+    def inserts(self) -> bool:
+        """Whether the change is words put in where none stood before."""
+        return self.changed is not None and self.groups[self.changed].kind == "insert"
+
+    @property
+    def comparable(self) -> Bool[Tensor, " group"]:
+        """Groups with tokens on both sides."""
+        return torch.tensor([g.kind not in ("insert", "delete") for g in self.groups])
 
     @property
     def length_change(self) -> int:
@@ -138,21 +148,39 @@ def collapse(
 
 def _places(text: str, word: str) -> list[int]:
     """Where ``word`` stands in ``text`` as whole words."""
-    left = r"(?<![^\W_])" if _WORD.match(word) else ""
-    right = r"(?![^\W_])" if _WORD.match(word[-1]) else ""
-    if _NO_SPACES.search(word):
-        left = right = ""
-    return [match.start() for match in re.finditer(left + re.escape(word) + right, text)]
+    found: list[int] = []
+    at = text.find(word)
+    while at >= 0:
+        whole = not _inside_word(text, at) and not _inside_word(text, at + len(word))
+        found += [at] if whole else []
+        at = text.find(word, at + (len(word) if whole else 1))
+    return found
+
+
+def _inside_word(text: str, at: int) -> bool:
+    """Whether the characters before and after place ``at`` belong together: two letters or digits of a script that puts
+    spaces between words, marks (Unicode category M) on the first left aside; or a mark and what it stands on.
+    """
+    if not 0 < at < len(text):
+        return False
+    base = at - 1
+    while base > 0 and _is_mark(text[base]):
+        base -= 1
+    left, right = text[base], text[at]
+    if _is_mark(right):
+        return not left.isspace()
+    return left.isalnum() and right.isalnum() and not _NO_SPACES.match(left) and not _NO_SPACES.match(right)
+
+
+def _is_mark(char: str) -> bool:
+    return unicodedata.category(char).startswith("M")
 
 
 def _starts_word(tokens: Tokens, at: int) -> bool:
-    """Whether a word begins at token ``at``: not inside a run of letters and digits, nor inside a character."""
+    """Whether a word begins at token ``at``: not inside one, nor inside a character."""
     if at >= len(tokens) or at == 0 or tokens.roles[at] is Role.SPECIAL or tokens.roles[at - 1] is Role.SPECIAL:
         return True
     start = tokens.offsets[at][0]
     if start == tokens.offsets[at - 1][0] and tokens.offsets[at - 1][1] > start:
         return False  # another byte of the same character
-    left, right = tokens.text[start - 1 : start], tokens.text[start : start + 1]
-    if _NO_SPACES.match(left) or _NO_SPACES.match(right):
-        return True
-    return not (_WORD.match(left) and _WORD.match(right))
+    return not _inside_word(tokens.text, start)

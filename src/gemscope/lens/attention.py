@@ -18,8 +18,8 @@ from gemscope.core.arrays import Bool, Float, Tensor
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
 from gemscope.lens import pictures
-from gemscope.lens.inputs import Target, as_tokens, find_target, identity
-from gemscope.lens.lines import TOKEN, cut, fit, pad
+from gemscope.lens.inputs import Asked, Target, as_tokens, find_target, identity
+from gemscope.lens.lines import TOKEN, cut, fit, hang, number, pad, short
 from gemscope.lens.result import Result
 from gemscope.lens.writing import head_values, post_norm, value_norms
 from gemscope.models.gemma import Gemma
@@ -103,14 +103,16 @@ class AttentionMaps(Result):
     def arrays(self) -> Mapping[str, Tensor]:
         return {"values": self.values, "ids": self.tokens.ids}
 
-    def text(self, width: int = 80) -> str:
+    def text(self, width: int = 80, top: int = 10) -> str:
+        """The layers and, but for plain weights, the ``top`` largest values."""
         lines = [cut(self.title, width), "", pad("layer", 8) + pad("sees", 16) + "heads by key/value head"]
-        lines += [pad(str(a.layer), 8) + pad(sees(a), 16) + groups(a) for a in self.layers]
+        for about in self.layers:
+            lines += hang(pad(str(about.layer), 8) + pad(sees(about), 16), groups(about), width)
         if self.kind != "weight":
             lines += ["", pad("head", 8) + pad("query", TOKEN + 6) + pad("reads", TOKEN + 6) + f"{self.kind:>10}"]
-            for layer, head, *places, value in self.edges(10):
+            for layer, head, *places, value in self.edges(top):
                 words = (pad(f"{shown(self.tokens.pieces[i])}@{i}", TOKEN + 6) for i in places)
-                lines.append(pad(f"{layer}.{head}", 8) + "".join(words) + f"{value:>10.3f}")
+                lines.append(pad(f"{layer}.{head}", 8) + "".join(words) + number(value, 10, 3))
         return "\n".join(lines)
 
     def head_text(self, layer: int, head: int, width: int = 80, top: int = 4) -> str:
@@ -119,11 +121,12 @@ class AttentionMaps(Result):
         lines = [
             f"head {layer}.{self._head(head)} · {sees(about)} · key/value head {about.kv_group[head]} · {self.kind}"
         ]
-        lines += ["", "    " + pad("query", TOKEN) + "reads"]
+        places = max(3, len(str(len(self.tokens) - 1)))
+        lines += ["", " " * (places + 1) + pad("query", TOKEN) + "reads"]
         for query, keys in enumerate(self.strongest(layer, head, top)):
-            words = [f"{shown(self.tokens.pieces[key])}@{key} {value:.2f}" for key, value in keys]
+            words = [f"{shown(self.tokens.pieces[key])}@{key} {short(value, 8, 2)}" for key, value in keys]
             token = pad(shown(self.tokens.pieces[query]), TOKEN)
-            lines.append(f"{query:>3} {token}{fit(words, max(width, 60) - TOKEN - 4, '  ')}")
+            lines.append(f"{query:>{places}} {token}{fit(words, max(width, 60) - TOKEN - places - 1, '  ')}")
         return "\n".join(lines)
 
     def plot(self, head: tuple[int, int] | None = None) -> Any:
@@ -141,8 +144,8 @@ def attend(
     *,
     kind: Kind = "weight",
     layers: Sequence[int] | None = None,
-    target: str | None = None,
-    other: str | None = None,
+    target: Asked | None = None,
+    other: Asked | None = None,
 ) -> AttentionMaps:
     """Attention of ``layers`` (None: all) on a text, in the unit ``kind``.
 
@@ -160,13 +163,13 @@ def plan(
     tokens: Tokens,
     kind: Kind,
     layers: Sequence[int] | None = None,
-    target: str | None = None,
-    other: str | None = None,
+    target: Asked | None = None,
+    other: Asked | None = None,
 ) -> tuple[tuple[LayerAttention, ...], Target | None]:
     """The layers that are to be read, and the target of an ``effect``; raises as ``attend`` does."""
     chosen = range(gemma.shape.n_layers) if layers is None else dict.fromkeys(layers)
     about = tuple(gemma.shape.attention(layer) for layer in chosen)
-    _check(gemma, tokens, about, kind, target or other)
+    _check(gemma, tokens, about, kind, other if target is None else target)
     return about, _target(gemma, tokens, target, other) if kind == "effect" else None
 
 
@@ -229,12 +232,12 @@ def label(about: LayerAttention) -> str:
     return f"{about.layer} {sees(about)}"
 
 
-def groups(about: LayerAttention) -> str:
-    """The heads that share a key/value head, bracketed: ``(0 1) (2 3)``."""
+def groups(about: LayerAttention) -> list[str]:
+    """The heads that share a key/value head, bracketed: ``(0 1)``, ``(2 3)``."""
     shared: dict[int, list[str]] = {}
     for head, kv in enumerate(about.kv_group):
         shared.setdefault(kv, []).append(str(head))
-    return " ".join(f"({' '.join(heads)})" for heads in shared.values())
+    return [f"({' '.join(heads)})" for heads in shared.values()]
 
 
 def layer_dict(about: LayerAttention) -> dict[str, Any]:
@@ -247,12 +250,12 @@ def tokens_dict(tokens: Tokens) -> dict[str, Any]:
     return {"text": tokens.text, "ids": tokens.ids.tolist(), "pieces": list(tokens.pieces)}
 
 
-def _target(gemma: Gemma, tokens: Tokens, target: str | None, other: str | None) -> Target:
+def _target(gemma: Gemma, tokens: Tokens, target: Asked | None, other: Asked | None) -> Target:
     last = gemma.capture(tokens, ["final_in"])["final_in"][0, -1]
     return find_target(gemma, gemma.unembed(last), target, other)
 
 
-def _check(gemma: Gemma, tokens: Tokens, about: Sequence[LayerAttention], kind: str, target: str | None) -> None:
+def _check(gemma: Gemma, tokens: Tokens, about: Sequence[LayerAttention], kind: str, target: Asked | None) -> None:
     if kind not in KINDS:
         raise InputError(f"unknown unit {kind!r}; use one of {', '.join(KINDS)}.")
     if not about:

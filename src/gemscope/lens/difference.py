@@ -6,7 +6,7 @@ another gains. Queries before the edit cannot have changed: there the difference
 
 Two things move attention beside the word's meaning, and are said rather than hidden: another number of tokens shifts
 all later positions and the edges of the local layers' windows; and any word in that place would change something.
-Hence the null band: the same scores for random replacements of the same number of tokens.
+Hence the null band: the same scores for random tokens in place of the changed ones, or of those that were put in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ from gemscope.lens.attention import (
     visible,
 )
 from gemscope.lens.heads import words
-from gemscope.lens.inputs import Target, as_tokens, identity
-from gemscope.lens.lines import TOKEN, cut, pad, words_of
-from gemscope.lens.null_band import NullBand, Runs, later_queries, movement, null_band
+from gemscope.lens.inputs import Asked, Target, as_tokens, identity
+from gemscope.lens.lines import TOKEN, cut, number, pad, short, words_of
+from gemscope.lens.null_band import NullBand, Runs, can_move, later_queries, movement, null_band
 from gemscope.lens.result import Result
 from gemscope.models.gemma import Gemma
 from gemscope.models.layout import LayerAttention
@@ -71,7 +71,7 @@ class AttentionDifference(Result):
     after: Float[Tensor, "layer head group group"]
     """Of ``b``."""
     null: NullBand | None
-    """None when no samples were asked for, or nothing was changed."""
+    """None when no samples were asked for, nothing was changed, or no query is left that could have moved."""
     target: Target | None = None
     """The next token that an ``effect`` is on."""
     suggestions: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ class AttentionDifference(Result):
     @property
     def comparable(self) -> Bool[Tensor, " group"]:
         """Groups with tokens on both sides."""
-        return torch.tensor([g.a_stop > g.a_start and g.b_stop > g.b_start for g in self.alignment.groups])
+        return self.alignment.comparable
 
     @property
     def later(self) -> Bool[Tensor, " group"]:
@@ -211,7 +211,7 @@ class AttentionDifference(Result):
     def text(self, width: int = 80, top: int = 8) -> str:
         width = max(width, 60)
         lines = [*(cut(line, width) for line in (self.title, *self.notes())), "", *self._heads(top), ""]
-        lines += ["what moved most" + (f" (the effect is on {self.target})" if self.target else "")]
+        lines += [cut("what moved most" + (f" (the effect is on {self.target})" if self.target else ""), width)]
         return "\n".join([*lines, *self._moves(self.moved(top))])
 
     def head_text(self, head: tuple[int, int], width: int = 80, top: int = 12) -> str:
@@ -228,20 +228,24 @@ class AttentionDifference(Result):
                 found.append(f"windows shifted: {n} pairs of query and key are in view in one text only")
             if self.suggestions:
                 found.append(f"words that would keep it: {', '.join(self.suggestions)}")
+        if self.alignment.changed is not None and not can_move(self.alignment):
+            found.append("no word of both texts stands behind the edit, so no attention can have moved")
         if self.null is not None:
-            found.append(f"z against {len(self.null.scores)} random replacements of as many tokens")
+            what = "insertions" if self.alignment.inserts else "replacements"
+            found.append(f"z against {len(self.null.scores)} random {what} of as many tokens")
         return found
 
     def _heads(self, top: int) -> list[str]:
-        lines = [pad("head", 8) + pad("sees", 14) + f"{'moved':>8}{'no first':>10}{'null':>16}{'z':>8}"]
+        lines = [pad("head", 8) + pad("sees", 14) + f"{'moved':>8}{'no first':>10}{'null':>17}{'z':>8}"]
         scores, without, z = self.scores, self.scores_without_first, self.z
         for row, head in self.ranked()[:top]:
             about = self.layers[row]
-            band, score = "–", "–"
+            band, score = f"{'–':>17}", f"{'–':>8}"
             if self.null is not None and z is not None:
                 samples = self.null.scores[:, row, head]
-                band, score = f"{float(samples.mean()):.3f} ± {float(samples.std()):.3f}", f"{float(z[row, head]):.1f}"
-            numbers = f"{float(scores[row, head]):>8.3f}{float(without[row, head]):>10.3f}{band:>16}{score:>8}"
+                middle, spread = (short(float(x), 6, 3) for x in (samples.mean(), samples.std()))
+                band, score = f"{f'{middle} ± {spread}':>17}", number(z[row, head], 8, 1)
+            numbers = number(scores[row, head], 8, 3) + number(without[row, head], 10, 3) + band + score
             lines.append(pad(f"{about.layer}.{head}", 8) + pad(sees(about), 14) + numbers)
         return lines
 
@@ -249,7 +253,7 @@ class AttentionDifference(Result):
         names = self.names()
         lines = [pad("head", 7) + pad("query", TOKEN + 5) + pad("key", TOKEN + 5) + f"{'a':>8}{'b':>8}{'change':>9}"]
         for m in moves:
-            numbers = f"{m.before:>8.3f}{m.after:>8.3f}{m.change:>+9.3f}"
+            numbers = number(m.before, 8, 3) + number(m.after, 8, 3) + number(m.change, 9, 3, sign="+")
             query, key = (pad(f"{names[i]}@{i}", TOKEN + 5) for i in (m.query, m.key))
             lines.append(pad(f"{m.layer}.{m.head}", 7) + query + key + numbers)
         return lines if len(lines) > 1 else ["nothing"]
@@ -276,8 +280,8 @@ def attend_edit(
     *,
     kind: Kind = "weight",
     layers: Sequence[int] | None = None,
-    target: str | None = None,
-    other: str | None = None,
+    target: Asked | None = None,
+    other: Asked | None = None,
     null_samples: int = 16,
     seed: int = 0,
 ) -> AttentionDifference:
@@ -302,16 +306,16 @@ def compare(
     *,
     kind: Kind = "weight",
     layers: Sequence[int] | None = None,
-    target: str | None = None,
-    other: str | None = None,
+    target: Asked | None = None,
+    other: Asked | None = None,
     null_samples: int = 16,
     seed: int = 0,
 ) -> AttentionDifference:
     """How attention differs between two texts of which one region differs.
 
-    ``null_samples`` random replacements of the changed tokens make the null band (0: none). An ``effect`` is on the
-    same token in both texts; None: the one that is most likely after ``a``. Raises InputError, SiteError,
-    ContextLengthError.
+    ``null_samples`` random replacements of the changed tokens, or of those put in where none stood before, make the
+    null band (0: none). An ``effect`` is on the same token in both texts; None: the one that is most likely after
+    ``a``. Raises InputError, SiteError, ContextLengthError.
     """
     a, b = as_tokens(gemma, a), as_tokens(gemma, b)
     if null_samples < 0 or null_samples == 1:
@@ -320,17 +324,9 @@ def compare(
     runs = Runs(gemma, tuple(one.layer for one in about), kind, wanted, max(len(a), len(b)))
     alignment = align(a, b)
     before, after = collapse(runs(a), alignment.spans("a")), collapse(runs(b), alignment.spans("b"))
-    null = None
-    if null_samples and alignment.changed is not None and _changed_tokens(alignment):
-        null = null_band(runs, a, alignment, null_samples, seed)
+    null = null_band(runs, a, b, alignment, null_samples, seed) if null_samples and can_move(alignment) else None
     suggestions = _suggestions(gemma, alignment, a) if alignment.length_change else ()
     return AttentionDifference(identity(gemma), a, b, about, kind, alignment, before, after, null, wanted, suggestions)
-
-
-def _changed_tokens(alignment: Alignment) -> int:
-    assert alignment.changed is not None
-    group = alignment.groups[alignment.changed]
-    return group.a_stop - group.a_start
 
 
 def _suggestions(gemma: Gemma, alignment: Alignment, a: Tokens, n: int = 3) -> tuple[str, ...]:

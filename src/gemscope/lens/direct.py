@@ -15,8 +15,8 @@ from gemscope.core.arrays import Float, Tensor
 from gemscope.core.sites import Site
 from gemscope.lens import pictures
 from gemscope.lens.attention import sees, tokens_dict
-from gemscope.lens.inputs import Target, as_tokens, find_target, identity, place_in
-from gemscope.lens.lines import cut, fit, pad
+from gemscope.lens.inputs import Asked, Target, as_tokens, find_target, identity, place_in
+from gemscope.lens.lines import cut, fit, number, pad
 from gemscope.lens.result import Result
 from gemscope.lens.writing import gain_of, head_values, output_weights, post_norm
 from gemscope.models.freeze import rms_factor
@@ -85,15 +85,17 @@ class Attribution(Result):
         width = max(width, 60)
         lines = [cut(self.title, width), "", pad("layer", 20) + f"{'attention':>10}{'mlp':>10}{'sum so far':>12}"]
         total = self.embed
-        lines.append(pad("embed", 20) + f"{'':>10}{'':>10}{total:>12.3f}")
+        lines.append(pad("embed", 40) + number(total, 12, 3))
         for row, about in enumerate(self.layers):
             a, m = float(self.attention[row].sum()), float(self.mlp[row])
             total += a + m
-            lines.append(pad(f"{about.layer} {sees(about)}", 20) + f"{a:>10.3f}{m:>10.3f}{total:>12.3f}")
+            lines.append(
+                pad(f"{about.layer} {sees(about)}", 20) + number(a, 10, 3) + number(m, 10, 3) + number(total, 12, 3)
+            )
         lines += ["", pad("strongest parts", 20) + f"{'logit':>10}  read from"]
         place = {about.layer: row for row, about in enumerate(self.layers)}
         for name, value in sorted(self.components, key=lambda part: -abs(part[1]))[:top]:
-            line = pad(name, 20) + f"{value:>10.3f}"
+            line = pad(name, 20) + number(value, 10, 3)
             if name.startswith("attention"):
                 layer, head = name.removeprefix("attention ").split(".")
                 keys = self.read_from(place[int(layer)], int(head))
@@ -112,8 +114,8 @@ def attribute(
     gemma: Gemma,
     text: str | Tokens,
     *,
-    target: str | None = None,
-    other: str | None = None,
+    target: Asked | None = None,
+    other: Asked | None = None,
     position: int = -1,
 ) -> Attribution:
     """The parts of a next token's logit at a position.

@@ -8,8 +8,8 @@ from gemscope.core.arrays import Tensor
 from gemscope.lens import pictures
 from gemscope.lens.attention import sees
 from gemscope.lens.direct import Attribution, attribute
-from gemscope.lens.inputs import as_tokens, identity
-from gemscope.lens.lines import TOKEN, cut, fit, pad
+from gemscope.lens.inputs import Asked, as_tokens, identity
+from gemscope.lens.lines import TOKEN, cut, fit, number, pad
 from gemscope.lens.logit_lens import LogitLens, logit_lens
 from gemscope.lens.result import Result
 from gemscope.lens.trace import ActivationTrace, Microscope, trace
@@ -52,39 +52,37 @@ class Formation(Result):
 
     def text(self, width: int = 80) -> str:
         lens, at, width = self.lens, self.position, max(width, 60)
-        lines = [cut(self.title, width), "", pad("after layer", TOKEN) + pad("says", 13) + self._titles()]
+        lines = [cut(self.title, width), "", pad("after layer", TOKEN) + pad("says", _SAYS) + self._titles()]
         for row, name in enumerate(lens.rows):
             kind = "" if row == 0 else " " + sees(self.trace.layers[row - 1])
-            said = pad(lens.piece(int(lens.top_ids[row, at, 0])), 13)
+            said = pad(lens.piece(int(lens.top_ids[row, at, 0])), _SAYS)
             lines.append(pad(name + kind, TOKEN) + said + self._numbers(row))
             if row and (found := self.trace.latents[row - 1][at]):
                 lines.append("    " + fit([str(a) for a in found], width - 4, " · "))
         where = lens.emerges_at(at)
         told = "is never the most likely" if where == "never" else f"is the most likely from {_after(where)} on"
         piece = shown(self.parts.target.piece)
-        return "\n".join([*lines, "", f"{piece} {told}", "attn, mlp: what the layer's parts add to the logit directly"])
+        said = cut(f"{piece} {told}", width)
+        return "\n".join([*lines, "", said, "attn, mlp: what the layer's parts add to the logit directly"])
 
     def _titles(self) -> str:
-        return "".join(f"{name:>{n}}" for name, n in zip(_COLUMNS, _CELLS, strict=True))
+        return "".join(f"{name:>{cells}}" for name, cells, _ in _COLUMNS)
 
     def _numbers(self, row: int) -> str:
         lens, at = self.lens, self.position
-        cells = [
-            f"{float(lens.top_probs[row, at, 0]):.2f}",
-            f"{float(lens.target_prob[row, at]):.3f}",
-            f"{int(lens.target_rank[row, at])}",
-            f"{float(lens.entropy[row, at]):.2f}",
+        values = [
+            lens.top_probs[row, at, 0],
+            lens.target_prob[row, at],
+            lens.target_rank[row, at],
+            lens.entropy[row, at],
         ]
         if row == 0:
-            cells += [f"{self.parts.embed:.2f}", "", f"{float(self.trace.embed_norm[at]):.1f}", ""]
+            values += [self.parts.embed, None, self.trace.embed_norm[at], None]
         else:
-            cells += [
-                f"{float(self.parts.attention[row - 1].sum()):.2f}",
-                f"{float(self.parts.mlp[row - 1]):.2f}",
-                f"{float(self.trace.resid_norm[row - 1, at]):.1f}",
-                f"{float(self.trace.cosine_before[row - 1, at]):.2f}",
-            ]
-        return "".join(f"{cell:>{n}}" for cell, n in zip(cells, _CELLS, strict=True))
+            values += [self.parts.attention[row - 1].sum(), self.parts.mlp[row - 1]]
+            values += [self.trace.resid_norm[row - 1, at], self.trace.cosine_before[row - 1, at]]
+        columns = zip(values, _COLUMNS, strict=True)
+        return "".join(" " * n if x is None else number(x, n, digits) for x, (_, n, digits) in columns)
 
     def plot(self) -> Any:
         at = self.position
@@ -94,8 +92,19 @@ class Formation(Result):
         return pictures.formation(list(self.lens.rows), said, prob, entropy, added, str(self.parts.target), self.title)
 
 
-_COLUMNS = ("p", "target", "rank", "entropy", "attn", "mlp", "norm", "cos")
-_CELLS = (5, 7, 6, 8, 7, 7, 7, 6)
+_SAYS = 12
+"""Cells of the word that is said; with ``TOKEN`` and the columns 80."""
+_COLUMNS = (
+    ("p", 5, 2),
+    ("target", 7, 3),
+    ("rank", 7, 0),
+    ("entropy", 8, 2),
+    ("attn", 7, 2),
+    ("mlp", 7, 2),
+    ("norm", 7, 1),
+    ("cos", 6, 2),
+)
+"""Name, cells and decimals."""
 
 
 def form(
@@ -103,8 +112,8 @@ def form(
     text: str | Tokens,
     *,
     position: int = -1,
-    target: str | None = None,
-    other: str | None = None,
+    target: Asked | None = None,
+    other: Asked | None = None,
     dictionaries: Mapping[int, Microscope] | None = None,
     top: int = 5,
 ) -> Formation:

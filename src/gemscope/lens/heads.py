@@ -17,7 +17,7 @@ from gemscope.core.errors import InputError
 from gemscope.lens import pictures
 from gemscope.lens.attention import attend, layer_dict, sees
 from gemscope.lens.inputs import as_tokens, identity
-from gemscope.lens.lines import pad
+from gemscope.lens.lines import hang, number, pad, short
 from gemscope.lens.result import Result
 from gemscope.models.gemma import Gemma
 from gemscope.models.layout import LayerAttention
@@ -130,8 +130,9 @@ class HeadScores(Result):
         """For every metric, its ``top`` heads."""
         lines = [pad("metric", 20) + pad("queries", 9) + "heads, layer.head, highest first"]
         for name, count in zip(self.metrics, self.queries, strict=True):
-            found = [f"{layer}.{head} {value:.2f}" for layer, head, value in self.ranked(name)[:top]]
-            lines.append(pad(name, 20) + pad(str(count), 9) + ("   ".join(found) or "no such query in this text"))
+            found = [f"{layer}.{head} {short(value, 5, 2)}" for layer, head, value in self.ranked(name)[:top]]
+            start = pad(name, 20) + pad(str(count), 9)
+            lines += hang(start, found or ["no such query in this text"], max(width, 60), "   ")
         return "\n".join(lines)
 
     def table(self, by: str, top: int) -> str:
@@ -143,7 +144,7 @@ class HeadScores(Result):
         about = {layer.layer: (row, layer) for row, layer in enumerate(self.layers)}
         for layer, head, _ in self.ranked(by)[:top]:
             row, kind = about[layer]
-            numbers = (f"{_cell(self.of(name)[row, head]):>{n}}" for name, n in zip(shown, cells, strict=True))
+            numbers = (_cell(self.of(name)[row, head], n) for name, n in zip(shown, cells, strict=True))
             line = pad(f"{layer}.{head}", 8) + pad(sees(kind), 12) + pad(str(kind.kv_group[head]), 5)
             lines.append(line + "".join(numbers))
         if len(lines) == 1:
@@ -244,5 +245,5 @@ def _number(value: Tensor) -> float | None:
     return None if bool(value.isnan()) else float(value)
 
 
-def _cell(value: Tensor) -> str:
-    return "–" if bool(value.isnan()) else f"{float(value):.3f}"
+def _cell(value: Tensor, cells: int) -> str:
+    return f"{'–':>{cells}}" if bool(value.isnan()) else number(value, cells, 3)

@@ -11,6 +11,9 @@ from gemscope.models.gemma import Gemma
 from gemscope.models.pieces import shown
 from gemscope.models.tokens import Batch, Tokens
 
+Asked = str | int
+"""A next token that is asked about: a word, or the token's id."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -60,11 +63,13 @@ def place_in(tokens: Tokens, position: int) -> int:
     return position % n
 
 
-def find_target(gemma: Gemma, logits: Float[Tensor, " vocab"], target: str | None, other: str | None = None) -> Target:
+def find_target(
+    gemma: Gemma, logits: Float[Tensor, " vocab"], target: Asked | None, other: Asked | None = None
+) -> Target:
     """The token that ``target`` names (None: the most likely one) and the one ``other`` names, if any.
 
     A word may be meant with or without a space in front: of the two that are single tokens, the more likely one.
-    Raises InputError when a word is not one token, or both are the same.
+    Raises InputError when a word is not one token, there is no token of an id, or both are the same.
     """
     token = int(logits.argmax()) if target is None else _one(gemma, logits, target)
     second = None if other is None else _one(gemma, logits, other)
@@ -79,7 +84,11 @@ def piece_of(gemma: Gemma, token: int) -> str:
     return piece if isinstance(piece, str) else f"<{token}>"
 
 
-def _one(gemma: Gemma, logits: Tensor, word: str) -> int:
+def _one(gemma: Gemma, logits: Tensor, word: Asked) -> int:
+    if isinstance(word, int):
+        if not 0 <= word < len(logits):
+            raise InputError(f"there is no token {word}; give an id of the vocabulary, 0 to {len(logits) - 1}.")
+        return word
     if not word:
         raise InputError("the token asked about is empty; give a word.")
     spellings = [word] if word[0].isspace() else [" " + word, word]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
 
+from gemscope.core.arrays import Tensor
 from gemscope.models.pieces import shown
 from gemscope.models.tokens import Tokens
 
@@ -32,6 +33,32 @@ def fit(words: Sequence[str], cells: int, between: str = " ") -> str:
             break
         line = longer
     return line
+
+
+def hang(start: str, words: Sequence[str], cells: int, between: str = " ") -> list[str]:
+    """Lines of ``cells`` cells: ``start`` and whole words, the further ones indented by as much."""
+    rows = [""]
+    for word in words:
+        longer = f"{rows[-1]}{between}{word}" if rows[-1] else word
+        if rows[-1] and cell_len(start + longer) > cells:
+            rows.append(word)
+        else:
+            rows[-1] = longer
+    return [start + rows[0], *(" " * cell_len(start) + row for row in rows[1:])]
+
+
+def short(value: float, most: int, digits: int, sign: str = "-") -> str:
+    """``value`` with ``digits`` decimals; where that is more than ``most`` characters, with fewer, or as 1e+07.
+
+    ``sign`` "+" shows that of a positive value too.
+    """
+    written = [format(value, sign + form) for form in (*(f".{n}f" for n in range(digits, -1, -1)), ".1e", ".0e")]
+    return next((one for one in written if len(one) <= most), written[-1])
+
+
+def number(value: Tensor | float, cells: int, digits: int, sign: str = "-") -> str:
+    """``short`` on the right of a column of ``cells`` cells, at least one of them a space in front."""
+    return f"{short(float(value), cells - 1, digits, sign):>{cells}}"
 
 
 def words_of(tokens: Tokens, start: int, stop: int) -> str:

@@ -14,7 +14,7 @@ from gemscope.core.arrays import Float, Int, Tensor
 from gemscope.core.sites import Site
 from gemscope.lens import pictures
 from gemscope.lens.attention import tokens_dict
-from gemscope.lens.inputs import as_tokens, find_target, identity, piece_of
+from gemscope.lens.inputs import Asked, as_tokens, find_target, identity, piece_of
 from gemscope.lens.lines import TOKEN, cut, pad
 from gemscope.lens.result import Result
 from gemscope.models.gemma import Gemma
@@ -130,7 +130,7 @@ class LogitLens(Result):
 
 
 @torch.no_grad()
-def logit_lens(gemma: Gemma, text: str | Tokens, *, target: str | int | None = None, top: int = 5) -> LogitLens:
+def logit_lens(gemma: Gemma, text: str | Tokens, *, target: Asked | None = None, top: int = 5) -> LogitLens:
     """Read every layer and position of a text; ``top`` tokens are kept of each.
 
     ``target`` is one next token asked about everywhere, as a word or an id; None: at each position the model's own
@@ -139,11 +139,12 @@ def logit_lens(gemma: Gemma, text: str | Tokens, *, target: str | int | None = N
     tokens, layers = as_tokens(gemma, text), range(gemma.shape.n_layers)
     sites = [Site("resid_pre", 0), *(Site("resid_post", layer) for layer in layers)]
     seen = gemma.capture(tokens, sites)
-    final = gemma.unembed(seen[sites[-1]][0])
-    targets = final.argmax(-1)
-    if target is not None:
-        token = target if isinstance(target, int) else find_target(gemma, final[-1], target).token
-        targets = torch.full_like(targets, token)
+    last = seen[sites[-1]][0]
+    if target is None:
+        targets = torch.cat([gemma.unembed(x).argmax(-1) for x in last.split(_AT_ONCE)])
+    else:
+        token = find_target(gemma, gemma.unembed(last[-1]), target).token
+        targets = torch.full((len(tokens),), token, device=last.device)
     read = [_row(gemma, seen[site][0], targets, min(top, gemma.shape.vocab_size)) for site in sites]
     ids, probs, entropy, prob, rank = (torch.stack(part).cpu() for part in zip(*read, strict=True))
     named = {int(i) for i in [*ids.flatten().tolist(), *targets.tolist()]}

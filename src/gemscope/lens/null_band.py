@@ -1,4 +1,6 @@
-"""What any other word in that place would do to attention: the scores of random replacements of the changed tokens."""
+"""What any other word in that place would do to attention: the scores of random replacements of the changed tokens, or
+of those that were put in where none stood before.
+"""
 
 from dataclasses import dataclass
 
@@ -20,11 +22,11 @@ replacement moves would otherwise have a z without end.
 
 @dataclass(frozen=True, eq=False)
 class NullBand:
-    """Scores of random replacements of as many tokens, at the same place."""
+    """Scores of random replacements, or insertions, of as many tokens at the same place."""
 
     scores: Float[Tensor, "sample layer head"]
     seed: int
-    """Of the replacements."""
+    """Of the random tokens."""
 
     def z(self, scores: Float[Tensor, "layer head"]) -> Float[Tensor, "layer head"]:
         """Scores in standard deviations of the band (at least ``SPREAD_FLOOR`` of its mean) from its mean."""
@@ -54,6 +56,11 @@ def later_queries(alignment: Alignment) -> Bool[Tensor, " group"]:
     return place > changed if changed + 1 < len(place) else place == changed
 
 
+def can_move(alignment: Alignment) -> bool:
+    """Whether something was changed, and a later query stands in both texts."""
+    return alignment.changed is not None and bool(alignment.comparable[later_queries(alignment)].any())
+
+
 def movement(
     difference: Float[Tensor, "layer head query key"], queries: Bool[Tensor, " query"]
 ) -> Float[Tensor, "layer head"]:
@@ -61,18 +68,21 @@ def movement(
     return 0.5 * difference[:, :, queries].abs().sum(-1).mean(-1)
 
 
-def null_band(runs: Runs, a: Tokens, alignment: Alignment, n: int, seed: int) -> NullBand:
-    """Random tokens of the same kind in the place of the changed ones, against the text before the edit."""
+def null_band(runs: Runs, a: Tokens, b: Tokens, alignment: Alignment, n: int, seed: int) -> NullBand:
+    """Random tokens of the same kind in the place of the changed ones of ``a``, or of those put in in ``b``, against
+    the text before the edit.
+    """
     assert alignment.changed is not None
-    group = alignment.groups[alignment.changed]
-    pools = [_alike(runs.gemma, int(a.ids[i])) for i in range(group.a_start, group.a_stop)]
+    text, spans = (b, alignment.spans("b")) if alignment.inserts else (a, alignment.spans("a"))
+    places = range(*spans[alignment.changed])
+    pools = [_alike(runs.gemma, int(text.ids[i])) for i in places]
     generator = torch.Generator().manual_seed(seed)
-    spans, later = alignment.spans("a"), later_queries(alignment)
-    before = collapse(runs(a), spans)
+    later = later_queries(alignment)
+    before = collapse(runs(a), alignment.spans("a"))
     scores: list[Tensor] = []
     for _ in range(n):
-        ids = a.ids.clone()
-        for i, pool in zip(range(group.a_start, group.a_stop), pools, strict=True):
+        ids = text.ids.clone()
+        for i, pool in zip(places, pools, strict=True):
             ids[i] = pool[int(torch.randint(len(pool), (), generator=generator))]
         after = collapse(runs(runs.gemma.tokens_of(ids)), spans)
         scores.append(movement(after - before, later))

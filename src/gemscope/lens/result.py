@@ -73,7 +73,7 @@ class Result(ABC):
 
     @abstractmethod
     def text(self, width: int = 80) -> str:
-        """Lines no longer than ``width`` cells, which is taken to be at least 60."""
+        """Lines of at most ``width`` cells, or of 80 where that is more."""
 
     @abstractmethod
     def plot(self) -> Any:

@@ -13,7 +13,7 @@ from gemscope.dictionaries.sae import SAE
 from gemscope.lens import pictures
 from gemscope.lens.attention import sees, tokens_dict
 from gemscope.lens.inputs import as_tokens, identity, place_in
-from gemscope.lens.lines import TOKEN, cut, fit, pad
+from gemscope.lens.lines import TOKEN, cut, fit, number, pad
 from gemscope.lens.result import Result
 from gemscope.models.gemma import Gemma
 from gemscope.models.layout import LayerAttention
@@ -137,12 +137,11 @@ class ActivationTrace(Result):
         lines = [cut(f"{self.title} · at {piece}@{at}", max(width, 60)), ""]
         names = ("norm", "attention", "mlp", "cos before", "cos last")
         lines.append(pad("layer", TOKEN) + "".join(f"{name:>11}" for name in names))
-        lines.append(pad("embed", TOKEN) + f"{float(self.embed_norm[at]):>11.2f}")
+        lines.append(pad("embed", TOKEN) + number(self.embed_norm[at], 11, 2))
         numbers = list(self._numbers().values())[1:]
         for row, about in enumerate(self.layers):
-            lines.append(
-                pad(f"{about.layer} {sees(about)}", TOKEN) + "".join(f"{float(x[row, at]):>11.2f}" for x in numbers)
-            )
+            cells = (number(x[row, at], 11, 2) for x in numbers)
+            lines.append(pad(f"{about.layer} {sees(about)}", TOKEN) + "".join(cells))
             if found := self.latents[row][at]:
                 lines.append("    " + fit([str(a) for a in found], max(width, 60) - 4, " · "))
         return "\n".join(lines)

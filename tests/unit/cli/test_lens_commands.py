@@ -57,6 +57,43 @@ def test_what_is_shown_fits_80_columns(run, words, expected):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("words", [[TEXT], ["--repeated"]])
+def test_as_many_heads_are_named_as_asked_for(run, words):
+    for more, expected in (([], 4), (["-k", 6], 6), (["-k", 1], 1)):
+        shown = run("attend", *words, *more).stdout.split("previous")[1].split("induction")[0].split()[1:]
+        assert len(shown) == 2 * expected
+
+
+@pytest.mark.parametrize("unit", ["written", "effect"])
+def test_as_many_readings_are_shown_as_asked_for(run, unit):
+    for more, expected in (([], 10), (["-k", 3], 3)):
+        lines = run("attend", TEXT, "--unit", unit, *more).stdout.split("query")[1].splitlines()[1:]
+        assert len(lines) == expected
+
+
+def test_the_grid_keeps_as_many_next_tokens_as_asked_for(run):
+    for more, expected in (([], 5), (["-k", 2], 2)):
+        value = json.loads(run("lens", TEXT, "--grid", *more, "--json").stdout)
+        assert len(value["positions"][0]["rows"][0]["top"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [([], "attention"), (["--by", "first"], "head_scores"), (["--from", "city", "--to", "country"], "head_scores")],
+)
+def test_what_is_saved_does_not_depend_on_what_is_printed(run, tmp_path, words, kind):
+    saved = []
+    for more in ([], ["--json"]):
+        path = tmp_path / f"{len(more)}.json"
+        assert run("attend", TEXT, *words, *more, "--out", path).exit_code == 0
+        value = json.loads(path.read_text())
+        value.pop("provenance")
+        saved.append(value)
+    assert saved[0] == saved[1]
+    assert saved[0]["kind"] == kind
+    assert json.loads(run("attend", TEXT, *words, "--json").stdout)["kind"] == "head_scores"
+
+
 def test_lens_shows_the_latents_of_a_suite(run, tiny_suite):
     value = json.loads(run("lens", TEXT, "--suite", tiny_suite, "--top", 2, "--json").stdout)
     assert max(len(one["latents"]) for one in value["trace"]["latents"]) == 2
@@ -102,12 +139,30 @@ def test_pictures_and_pages_are_written(run, tmp_path, words):
         (["attend", TEXT, "--target", "Paris"], "ask for the unit effect"),
         (["attend", TEXT, "--repeated"], "leave out TEXT"),
         (["attend", TEXT, "--by", "first", "--unit", "written"], "by their weights"),
+        (["attend", "--repeated", "--unit", "written"], "leave out --unit"),
+        (["attend", "--repeated", "--target", "Paris"], "leave out --target"),
+        (["attend", "--repeated", "--other", "Paris"], "leave out --other"),
+        (["attend", "--repeated", "--chat"], "leave out --chat"),
+        (["attend", "--repeated", "--edit", "France=Lyon"], "leave out --edit"),
+        (["attend", TEXT, "--null", "16"], "add --edit, or leave out --null"),
+        (["attend", TEXT, "--edit", "France=Lyon", "--null", "0", "--seed", "0"], "leave out --seed"),
+        (["attend", TEXT, "--by", "first", "--target", "Paris"], "leave out --target"),
+        (["attend", TEXT, "--seed", "0"], "add --edit, or leave out --seed"),
+        (["attend", "--repeated", "--seed", "0"], "leave out --seed"),
         (["attend", ""], "the text is empty"),
         (["attend", TEXT, "--out", "x.bmp"], "end the name in"),
         (["lens", TEXT, "-p", "99"], "outside a text"),
         (["lens", TEXT, "--grid", "--trace"], "not both"),
+        (["lens", TEXT, "--grid", "--other", "Paris"], "leave out --other"),
+        (["lens", TEXT, "--grid", "--position", "99"], "leave out --position"),
+        (["lens", TEXT, "--grid", "-p", "-1"], "leave out --position"),
+        (["lens", TEXT, "--grid", "-p", "0"], "leave out --position"),
+        (["lens", TEXT, "--grid", "--suite", "/nowhere"], "leave out --suite"),
+        (["lens", TEXT, "--trace", "--target", "Paris"], "leave out --target"),
+        (["lens", TEXT, "--trace", "--other", "Paris"], "leave out --other"),
         (["attribute", TEXT, "--target", "xylophone"], "give a word that is one token"),
         (["headlines", "/nowhere/file.txt"], "No such file"),
+        (["headlines", "/nowhere/file.txt", "-n", "5"], "leave out --number"),
     ],
 )
 def test_a_mistake_is_one_sentence(run, words, reason):

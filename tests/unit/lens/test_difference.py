@@ -115,6 +115,11 @@ def test_changed_pieces_grow_to_whole_words(tiny):
         ("a big cat", "a cat", "big", "–"),
         ("東京に行く", "東北に行く", "<0xE4><0xBA><0xAC>", "<0xE5><0x8C><0x97>"),
         ("I am 🙂 now", "I am 🙃 now", "🙂", "🙃"),
+        ("यह हिन्दी है", "यह हिन्दू है", "हिन्दी", "हिन्दू"),
+        ("un cafe\u0301 noir", "un cafe\u0300 noir", "cafe\u0301", "cafe\u0300"),
+        ("un e\u0301te noir", "un e\u0300te noir", "e\u0301te", "e\u0300te"),
+        ("อาที่นี", "อาที้นี", "ที่", "ที้"),
+        ("a ☀\ufe0e b", "a ☀\ufe0f b", "☀\ufe0e", "☀\ufe0f"),
     ],
 )
 def test_which_words_were_changed(tiny, a, b, old, new):
@@ -142,6 +147,12 @@ def test_which_words_were_changed(tiny, a, b, old, new):
         ("a=b or c", "or=and", "a=b and c"),
         ("I said hello world.", "hello world=hi", "I said hi."),
         ("C#2 is here", "C#2=D", "D is here"),
+        ("cafe\u0301 cafe", "cafe=tea", "cafe\u0301 tea"),
+        ("हिन्दी हिन्द", "हिन्द=भारत", "हिन्दी भारत"),
+        ("a ☀\ufe0fabc", "abc=x", "a ☀\ufe0fx"),
+        ("xa a a", "a a=b", "xa b"),
+        ("a a a", "a a#1=b", "b a"),
+        ("か\u3099か", "か=き", "か\u3099き"),
     ],
 )
 def test_an_edit(text, edit, expected):
@@ -156,6 +167,7 @@ def test_an_edit(text, edit, expected):
         ("Spain=Japan", "not in the text"),
         ("the=a", "write the#1=a"),
         ("the#4=a", "count from 1"),
+        ("we l=x", "not in the text"),
     ],
 )
 def test_an_edit_that_cannot_be_made(edit, reason):
@@ -190,6 +202,60 @@ def test_the_null_band_is_made_of_random_edits_of_the_same_length(tiny):
     assert torch.equal(again.null.scores, samples)
     other = attend_edit(tiny, TEXT, "France=Lyon", null_samples=5, seed=4)
     assert not torch.equal(other.null.scores, samples)
+
+
+def _make(piece):
+    """How a token is written: a space in front, letters, digits, a capital."""
+    bare = piece.removeprefix("▁")
+    return piece != bare, bare.isalpha(), bare.isdigit(), bare[:1].isupper()
+
+
+@pytest.mark.parametrize(
+    ("edit", "side"),
+    [("France=Lyon", "a"), ("of France=in the words", "a"), ("the words of=", "a"), ("France=France and Lyon", "b")],
+)
+def test_the_samples_are_the_text_with_tokens_of_the_same_make_in_the_place_of_the_edit(tiny, monkeypatch, edit, side):
+    drawn = []
+    tokens_of = type(tiny).tokens_of
+    monkeypatch.setattr(type(tiny), "tokens_of", lambda self, ids: drawn.append(tokens_of(self, ids)) or drawn[-1])
+    moved = attend_edit(tiny, TEXT, edit, null_samples=4, seed=1)
+    monkeypatch.undo()
+    text = {"a": moved.a, "b": moved.b}[side]
+    spans, place = moved.alignment.spans(side), moved.alignment.changed
+    changed = range(*spans[place])
+    assert len(changed) > 0
+    assert len(drawn) == 4
+    kept = [i for i in range(len(text)) if i not in changed]
+    for sample in drawn:
+        assert sample.ids[kept].tolist() == text.ids[kept].tolist()
+        assert [_make(sample.pieces[i]) for i in changed] == [_make(text.pieces[i]) for i in changed]
+        assert all(sample.ids[i] != text.ids[i] for i in changed)
+    assert len({tuple(sample.ids.tolist()) for sample in drawn}) > 1
+    before = collapse(attend(tiny, moved.a).values, moved.alignment.spans("a"))
+    for sample, found in zip(drawn, moved.null.scores, strict=True):
+        difference = collapse(attend(tiny, sample).values, spans) - before
+        rows = [0.5 * difference[:, :, q].abs().sum(-1) for q in range(place + 1, len(spans))]
+        torch.testing.assert_close(found, sum(rows) / len(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_words_that_were_put_in_are_measured_against_others_put_in_there(tiny):
+    moved = attend_edit(tiny, TEXT, "France=France and Lyon", null_samples=4)
+    assert moved.alignment.groups[moved.alignment.changed].kind == "insert"
+    assert torch.isfinite(moved.z).all()
+    assert "z against 4 random insertions of as many tokens" in str(moved)
+    order = moved.z.flatten().argsort(descending=True, stable=True)
+    assert moved.ranked() == [(int(i) // 4, int(i) % 4) for i in order]
+    assert "random replacements" in str(attend_edit(tiny, TEXT, "France=Lyon", null_samples=4))
+
+
+@pytest.mark.parametrize("edit", ["Paris=Paris and Lyon", "of Paris="])
+def test_where_no_query_is_left_to_move_it_is_said(tiny, edit):
+    moved = attend_edit(tiny, TEXT, edit, null_samples=4)
+    assert not bool(moved.scores.any())
+    assert moved.z is None
+    assert "no word of both texts stands behind the edit" in str(moved)
+    assert "stands behind" not in str(attend_edit(tiny, TEXT, "France=", null_samples=4))
+    assert "stands behind" not in str(compare(tiny, TEXT, TEXT))
 
 
 def test_random_edits_score_like_random_edits(tiny):

@@ -60,6 +60,37 @@ def test_where_the_answer_emerges(tiny):
     assert {asked.emerges_at(p) for p in range(len(asked.tokens)) if asked.target_rank[-1, p] > 1} == {"never"}
 
 
+def test_a_long_text_is_unembedded_some_positions_at_a_time(tiny, monkeypatch):
+    text = " ".join([TEXT, "words today hello world"] * 9)
+    tokens = tiny.tokens(text)
+    assert len(tokens) > 64
+    whole = tiny.unembed(tiny.capture(tokens, ["resid_post.3"])["resid_post.3"][0]).argmax(-1)
+    sizes, unembed = [], type(tiny).unembed
+    monkeypatch.setattr(type(tiny), "unembed", lambda self, x: sizes.append(x[..., 0].numel()) or unembed(self, x))
+    for target in (None, "Paris"):
+        found = logit_lens(tiny, tokens, target=target)
+        assert max(sizes) <= 64
+        if target is None:
+            assert torch.equal(found.targets, whole)
+
+
+@pytest.mark.parametrize("read", [logit_lens, attribute, form])
+@pytest.mark.parametrize("target", [10**6, -1])
+def test_an_id_that_is_no_token_is_refused(tiny, read, target):
+    with pytest.raises(InputError, match=f"no token {target}; .* 0 to {tiny.shape.vocab_size - 1}"):
+        read(tiny, TEXT, target=target)
+
+
+def test_a_target_is_a_word_or_its_id(tiny):
+    paris, lyon = (int(tiny.tokens(f" {word}").ids[1]) for word in ("Paris", "Lyon"))
+    by_word = attribute(tiny, TEXT, target=" Paris", other=" Lyon")
+    assert (by_word.target.token, by_word.target.other) == (paris, lyon)
+    assert attribute(tiny, TEXT, target=paris, other=lyon).target == by_word.target
+    assert form(tiny, TEXT, target=paris).parts.target.token == paris
+    with pytest.raises(InputError, match="the same token"):
+        attribute(tiny, TEXT, target=paris, other=paris)
+
+
 @pytest.mark.parametrize("kind", ["gemma3", "gemma3mm", "gemma2"])
 @pytest.mark.parametrize("position", [-1, 4])
 def test_the_parts_add_up_to_the_logit_difference(kind, position):
