@@ -21,6 +21,7 @@ from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
 from gemscope.dictionaries.single import SingleLayer
 from gemscope.features.index import FeatureIndex
+from gemscope.features.passing import check_widths
 from gemscope.models.chat import Turn
 from gemscope.models.gemma import Gemma
 from gemscope.models.interventions import Edit, Intervention
@@ -30,7 +31,7 @@ from gemscope.models.tokens import Tokens
 Mode = Literal["add", "clamp", "ablate"]
 Where = Literal["all", "prompt", "generated"] | Sequence[int]
 """``all``: content of the prompt, and what is generated; ``generated``: from the last token of the prompt on, which
-gives the first new one; numbers: positions of the prompt."""
+gives the first new one; numbers: these positions of the prompt, control tokens and ``<bos>`` too."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,16 @@ def steer(
 ) -> Steered:
     """Continue a text, or answer a chat (a sequence of turns), as the model does and steered.
 
-    Control tokens and the chat template's words are steered only with ``special``; the ``<bos>`` never. Greedy, and
-    with strength 0 added, both are the same. Raises InputError for a latent or position that does not exist.
+    Control tokens and the chat template's words are steered only with ``special``, the ``<bos>`` not even then; but
+    positions given as numbers are taken as given, whatever is there. Greedy, and with strength 0 added, both are the
+    same. Raises the errors of ``interventions``, and InputError for a position that does not exist or a dictionary of
+    another width than the model's.
     """
     tokens = _prompt(gemma, prompt)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     positions, steps = selection(tokens, where, special)
     changes = interventions(dictionaries, steers, positions, steps)
+    check_widths(gemma, {one.dictionary: dictionaries[one.dictionary] for one in steers})
     (plain,) = gemma.generate(tokens, **sampling)
     (changed,) = gemma.generate(tokens, interventions=changes, **sampling)
     scored = _whole(positions, steps, len(tokens), len(changed.tokens))
