@@ -43,7 +43,8 @@ def hits(found: Sequence[Hit], width: int, tokens: Tokens | None = None) -> Rend
 
 
 def _strongest(hit: Hit, tokens: Tokens) -> str:
-    at = max(tokens.content_mask.nonzero()[:, 0].tolist(), key=lambda i: hit.values[i])
+    content: list[int] = tokens.content_mask.nonzero()[:, 0].tolist()
+    at = max(content, key=lambda i: hit.values[i])
     return shown(tokens.pieces[at])[:14]
 
 
@@ -81,7 +82,8 @@ def _page(feature: Feature, about: Mapping[str, Any], width: int, examples: int)
     yield _line("elsewhere", _related(feature.elsewhere), width)
     yield _line("active with", _related(feature.partners), width)
     yield Text()
-    yield Text("strongest", style="dim")
+    if feature.top:
+        yield Text("strongest", style="dim")
     yield from (_example(one, feature.peak, width) for one in feature.top[:examples])
     for number in reversed(range(len(feature.groups))):
         if feature.groups[number]:

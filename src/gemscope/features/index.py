@@ -164,8 +164,9 @@ class FeatureIndex:
             folder = self.folder / "dictionaries" / name
             parts, more = ([folder / f"{part}.npy" for part in some] for some in (_PARTS, _MORE))
             layout.prefetch_heads([*parts, *more], layout.HEAD)
-            found = [*map(layout.load, parts), *(layout.load(path) if path.is_file() else None for path in more)]
-            self._open[name] = Latents(*found)
+            records, bins, examples, near = map(layout.load, parts)
+            outputs, bounds = (layout.load(path) if path.is_file() else None for path in more)
+            self._open[name] = Latents(records, bins, examples, near, outputs, bounds)
         return self._open[name]
 
     def feature(self, feature: str | FeatureId, *, before: int | None = 24, after: int | None = 24) -> Feature:

@@ -71,12 +71,12 @@ def test_labels_are_searched_by_meaning_with_the_command_that_the_error_says(tin
     with pytest.raises(InputError, match="have no vectors") as error:
         by_meaning(made, embedder, "town")
     words = str(error.value).partition("make them with: gemscope ")[2].split()
-    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert [hit["id"] for hit in found] == [hit.id for hit in by_meaning(made, embedder, "WORDS", 10)]
     add_labels(made.database.path, [Label(7, "WORDS", "explainer")])
     with pytest.raises(InputError, match="have changed"):
         by_meaning(made, embedder, "town")
-    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert found[0]["id"] == str(made.id_of(7))
 
 
@@ -116,8 +116,9 @@ def test_text_is_steered(run):
     assert "nothing to steer" in run("steer", "text", code=2)
 
 
-def test_each_feature_can_be_steered_in_its_own_mode(run):
-    one, two, three, four = (f"resid_post.1/{latent}" for latent in active(run, 4))
+def test_each_feature_can_be_steered_in_its_own_mode(run, tiny_suite):
+    peaks = open_index(Suite.open(tiny_suite)).latents("resid_post.1").records["peak"]
+    one, two, three, four = (f"resid_post.1/{latent}" for latent in peaks.nonzero()[0][:4])
     how = ["-f", f"{one}=ablate", "-f", f"{two}=clamp:1.5", "-f", f"{three}=-3", "-f", four, "--strength", "2"]
     done = json.loads(run("steer", "the capital of France", *how, "--tokens", "1", "--json"))
     assert [(f"resid_post.1/{s['latent']}", s["mode"], s["strength"]) for s in done["steers"]] == [
@@ -137,12 +138,6 @@ def test_each_feature_can_be_steered_in_its_own_mode(run):
         ("=", "ends too early"),
     ):
         assert expected in run("steer", "the", "-f", one + bad, code=2)
-
-
-def active(run, count):
-    """Latents that were ever active."""
-    found = json.loads(run("find", "--text", "the capital of France", "-k", str(count), "--json"))
-    return [int(hit["id"].split("/")[1]) for hit in found["hits"] if hit["id"].startswith("resid_post.1/")][:count]
 
 
 def test_a_suites_index_is_written_as_a_bundle_and_read(run, tmp_path):

@@ -73,6 +73,8 @@ def test_groups_are_called_after_their_bounds_where_these_are_known():
         "random, 50-100 % of its activations",
         "random, 0-50 % of its activations",
     ]
+    assert "strongest" not in page(groups=groups)
+    assert "strongest" in page(top=(EXAMPLE,))
     assert [line for line in page(groups=groups, bounds=((2.0, 4.0), (8.0, 10.5))) if "random" in line] == [
         "random, activations from 8 to 10.5",
         "random, activations from 2 to 4",
