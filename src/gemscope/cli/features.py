@@ -10,9 +10,12 @@ from gemscope.cli.cluster import Ray, RayCommand, Workers
 from gemscope.core.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from gemscope.artifacts.config import Loaded
     from gemscope.features.index import FeatureIndex
     from gemscope.features.search import Hit
+    from gemscope.features.steering import Steer
     from gemscope.models.gemma import Gemma
     from gemscope.suites.suite import Suite
 
@@ -28,6 +31,9 @@ IndexFolder = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Top = Annotated[int, typer.Option("--top", "-k", help="Features to show.", min=1)]
+
+
+_MODES = ("add", "clamp", "ablate")
 
 
 def register(app: typer.Typer) -> None:
@@ -167,7 +173,7 @@ def find(
     on: Annotated[list[str] | None, typer.Option(help="A prompt to try them on; may be repeated.")] = None,
     meaning: Annotated[str | None, typer.Option(help="Labels that mean this; needs --embed.")] = None,
     embed: Annotated[str | None, typer.Option(help="Embedding model: a folder or hub id.")] = None,
-    max_density: Annotated[float, typer.Option(help="Of a text, leave out denser features.")] = 1.0,
+    max_density: Annotated[float, typer.Option(help="Of a text, leave out denser features.", min=0, max=1)] = 1.0,
     dictionary: Annotated[
         list[Path] | None, typer.Option("--dictionary", "-d", help="With --index: their folders.")
     ] = None,
@@ -182,12 +188,11 @@ def find(
     from gemscope.cli.terminal import out
     from gemscope.features import effective, search
 
+    _one_way((words, text, concept, like, promotes, raises, meaning))
+    _together("--text", text, {"--at": at, "--by-token": by_token, "--max-density": max_density < 1})
+    _together("--raises", raises, {"--on": on})
+    _together("--meaning", meaning, {"--embed": embed})
     opened, made = _opened(suite, model, folder)
-    ways = [w for w in (words, text, concept, like, promotes, raises, meaning) if w is not None]
-    if len(ways) != 1:
-        raise InputError(
-            "say one thing to find: words, or --text, --concept, --like, --promotes, --raises or --meaning."
-        )
     if text is not None:
         _find_text(
             made, _gemma(model, made), _dictionaries(opened, dictionary), text, at, by_token, top, max_density, as_json
@@ -211,13 +216,27 @@ def find(
         out().print(view.hits(hits, out().width))
 
 
+def _one_way(ways: "Sequence[str | None]") -> None:
+    if sum(way is not None for way in ways) != 1:
+        raise InputError(
+            "say one thing to find: words, or --text, --concept, --like, --promotes, --raises or --meaning."
+        )
+
+
+def _together(needed: str, value: str | None, given: "Mapping[str, Any]") -> None:
+    """Refuse options that say something of another one that is not there."""
+    for option, one in given.items():
+        if one and value is None:
+            raise InputError(f"{option} goes with {needed} only; add that or leave it out.")
+
+
 def _by_meaning(made: "FeatureIndex", meaning: str, embed: str | None, top: int) -> "list[Hit]":
-    from gemscope.features.meaning import TextModel, by_meaning, embed_labels
+    from gemscope.features.meaning import TextModel, by_meaning, embed_labels, missing
 
     if embed is None:
         raise InputError("searching by meaning needs an embedding model; give its folder with --embed.")
     embedder = TextModel(embed)
-    if not (made.folder / "meaning.safetensors").is_file():
+    if missing(made, embedder) is not None:
         embed_labels(made, embedder)
     return by_meaning(made, embedder, meaning, top)
 
@@ -240,6 +259,8 @@ def _find_text(
     tokens = gemma.tokens(text)
     content = tokens.content_mask.nonzero()[:, 0].tolist()
     chosen = [i for i in content if not letters or any(one in tokens.pieces[i] for one in letters)]
+    if not content:
+        raise InputError("the text is all control tokens; give one with words.")
     if not chosen:
         raise InputError(f"no token of the text has the letters {letters}; its tokens are {' '.join(tokens.pieces)}.")
     runs = [[i] for i in chosen] if by_token else [chosen]
@@ -253,7 +274,7 @@ def _find_text(
         return
     for run, one in zip(runs, found, strict=True):
         if by_token:
-            out().print(f"[bold]{view.plain(tokens.pieces[run[0]])}[/]")
+            out().print(view.token(tokens.pieces[run[0]]))
         out().print(view.hits(one.hits, out().width, tokens))
 
 
@@ -280,10 +301,11 @@ def feature(
 def steer(
     text: Annotated[str | None, typer.Argument(help="The prompt; standard input when absent or '-'.")] = None,
     chosen: Annotated[
-        list[str] | None, typer.Option("--feature", "-f", help="FEATURE, or FEATURE=STRENGTH; may be repeated.")
+        list[str] | None,
+        typer.Option("--feature", "-f", help="FEATURE[=2], or =ablate, =clamp:2, =add:2; may be repeated."),
     ] = None,
     strength: Annotated[float, typer.Option("--strength", help="In units of the feature's largest activation.")] = 1.0,
-    mode: Annotated[str, typer.Option(help="add, clamp or ablate.")] = "add",
+    mode: Annotated[str, typer.Option(help="Unless given with a feature: add, clamp or ablate.")] = "add",
     where: Annotated[str, typer.Option(help="all, prompt, generated, or positions: 3,4.")] = "all",
     special: Annotated[bool, typer.Option("--special", help="Steer control tokens and the chat template too.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Take the text as a user's turn.")] = False,
@@ -302,7 +324,6 @@ def steer(
     from gemscope.cli import features_view as view
     from gemscope.cli.inputs import read_text
     from gemscope.cli.terminal import out
-    from gemscope.features.steering import Steer
     from gemscope.features.steering import steer as run
     from gemscope.models.chat import Turn
 
@@ -310,10 +331,7 @@ def steer(
         raise InputError("nothing to steer; name a feature, as in --feature resid_post.4/1234=2.")
     words = read_text(text)
     opened, made = _opened(suite, model, folder)
-    steers: list[Steer] = []
-    for one in chosen:
-        name, _, number = one.partition("=")
-        steers.append(Steer.of(made, name, _mode(mode), _number(number) if number else strength))
+    steers = [_steer(made, one, _mode(mode), strength) for one in chosen]
     options: dict[str, Any] = {"max_new_tokens": tokens, "temperature": temperature, "seed": seed, "special": special}
     found = run(
         _gemma(model, made),
@@ -329,8 +347,25 @@ def steer(
         out().print(view.steered(found, out().width))
 
 
+def _steer(made: "FeatureIndex", given: str, mode: Any, strength: float) -> "Steer":
+    """FEATURE[=[MODE:]STRENGTH] or FEATURE=MODE, with ``mode`` and ``strength`` for what is not said."""
+    from gemscope.features.steering import Steer
+
+    dictionary, _, rest = given.rpartition("/")  # the name of a dictionary may hold a =
+    latent, equals, how = rest.partition("=")
+    said, colon, number = how.rpartition(":")
+    if how in _MODES:
+        said, number = how, ""
+    if (equals and not how) or (colon and not (said and number)):
+        raise InputError(f"{given!r} ends too early; write for example resid_post.4/1234=2, =ablate or =clamp:2.")
+    chosen = _mode(said) if said else mode
+    if chosen == "ablate" and number:
+        raise InputError(f"{given!r} gives a strength, but to ablate has none; write add or clamp, or no number.")
+    return Steer.of(made, f"{dictionary}/{latent}", chosen, _number(number) if number else strength)
+
+
 def _mode(mode: str) -> Any:
-    if mode not in ("add", "clamp", "ablate"):
+    if mode not in _MODES:
         raise InputError(f"cannot steer by {mode!r}; use add, clamp or ablate.")
     return mode
 
@@ -339,7 +374,9 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise InputError(f"the strength {text!r} is no number; write for example resid_post.4/1234=2.") from error
+        raise InputError(
+            f"{text!r} is neither a strength nor a mode; write for example resid_post.4/1234=2, =ablate or =clamp:2."
+        ) from error
 
 
 def _where(text: str) -> Any:

@@ -1,7 +1,7 @@
 """Features on the terminal: hits, the page of one, and two continuations side by side, in 80 columns."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from textwrap import wrap
+from itertools import zip_longest
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gemscope.features import histogram
 from gemscope.features.feature import Example, Feature, Relative
 from gemscope.features.search import Hit
 from gemscope.features.steering import Side, Steered
@@ -36,18 +37,20 @@ def hits(found: Sequence[Hit], width: int, tokens: Tokens | None = None) -> Rend
         strength = [] if one.strength is None else [f"{one.strength:g}"]
         where = strength if tokens is None else [_strongest(one, tokens)]
         labels = " · ".join(one.labels) or "–"
-        table.add_row(one.id, f"{one.score:.3f}", f"{one.density:.2%}", *where, Text(labels, style="cyan"))
+        cells = (one.id, f"{one.score:.3f}", f"{one.density:.2%}", *where)
+        table.add_row(*map(Text, cells), Text(labels, style="cyan"))
     return table
 
 
 def _strongest(hit: Hit, tokens: Tokens) -> str:
-    at = max(range(len(hit.values)), key=lambda i: hit.values[i])
+    content: list[int] = tokens.content_mask.nonzero()[:, 0].tolist()
+    at = max(content, key=lambda i: hit.values[i])
     return shown(tokens.pieces[at])[:14]
 
 
-def plain(piece: str) -> str:
-    """A token as a person reads it."""
-    return shown(piece).replace("[", "\\[")
+def token(piece: str) -> RenderableType:
+    """A token as the title of its features."""
+    return Text(shown(piece), style="bold")
 
 
 def page(feature: Feature, about: Mapping[str, Any], width: int, examples: int) -> RenderableType:
@@ -61,12 +64,14 @@ def _page(feature: Feature, about: Mapping[str, Any], width: int, examples: int)
         score = "" if label.score is None else f" {label.score:.2f}"
         yield Text(set_cell_size(f"{label.source:<10}{label.text}{score}", width).rstrip(), style="cyan")
     yield Text()
-    share = f"{feature.count:,} of {about['tokens']:,} content tokens ({feature.density:.3%})"
+    share = f"{feature.density:.3%} of content tokens"
+    if about["tokens"] and (feature.count or not feature.density):  # imported evidence may lack either
+        share = f"{feature.count:,} of {about['tokens']:,} content tokens ({feature.density:.3%})"
     yield Text(f"active on {share}, at most {feature.peak:.4g}")
     if about["special_tokens"]:
         share = f"{feature.special_count:,} of {about['special_tokens']:,} control tokens"
         yield Text(f"and on {share}, at most {feature.special_peak:.4g}")
-    yield from _bars(feature, about)
+    yield from _bars(feature, about, width)
     yield Text()
     yield _line("promotes", [f"{shown(t)} {v:+.2f}" for t, v in feature.promoted], width)
     yield _line("suppresses", [f"{shown(t)} {v:+.2f}" for t, v in feature.suppressed], width)
@@ -77,19 +82,27 @@ def _page(feature: Feature, about: Mapping[str, Any], width: int, examples: int)
     yield _line("elsewhere", _related(feature.elsewhere), width)
     yield _line("active with", _related(feature.partners), width)
     yield Text()
-    yield Text("strongest", style="dim")
+    if feature.top:
+        yield Text("strongest", style="dim")
     yield from (_example(one, feature.peak, width) for one in feature.top[:examples])
     for number in reversed(range(len(feature.groups))):
         if feature.groups[number]:
-            share = f"{100 * number // len(feature.groups)}-{100 * (number + 1) // len(feature.groups)} %"
-            yield Text(f"random, {share} of its activations", style="dim")
+            yield Text(f"random, {_range(feature, number)}", style="dim")
             few = feature.groups[number][: max(1, examples // 2)]
             yield from (_example(one, feature.peak, width) for one in few)
 
 
-def _bars(feature: Feature, about: Mapping[str, Any]) -> Iterator[Text]:
+def _range(feature: Feature, group: int) -> str:
+    """Which activations are in a group of examples."""
+    if feature.bounds:
+        low, high = feature.bounds[group]
+        return f"activations from {low:.4g} to {high:.4g}"
+    return f"{100 * group // len(feature.groups)}-{100 * (group + 1) // len(feature.groups)} % of its activations"
+
+
+def _bars(feature: Feature, about: Mapping[str, Any], width: int) -> Iterator[Text]:
     if feature.histogram:
-        counts = [count for _, count in feature.histogram]
+        counts = histogram.columns(feature.histogram, min(50, width - 30))
         low, high = feature.histogram[0][0], feature.histogram[-1][0]
         yield Text(f"activations {low:.3g} {_spark(counts)} {high:.3g}")
         shares = [n / of for n, of in zip(feature.steps, about.get("steps") or [], strict=False) if of]
@@ -148,13 +161,12 @@ def _visible(token: str) -> str:
 
 def steered(found: Steered, width: int) -> RenderableType:
     """Both continuations, and under each its tokens with their probabilities."""
-    half = max(28, (max(width, 60) - 3) // 2)
+    half = (max(width, 60) - 3) // 2
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    table.add_column("as it is", width=half, no_wrap=True)
-    table.add_column("steered", width=half, no_wrap=True)
-    columns = [_side(side, half) for side in (found.default, found.steered)]
-    for row in range(max(map(len, columns))):
-        table.add_row(*(column[row] if row < len(column) else "" for column in columns))
+    table.add_column("as it is", width=half, overflow="fold")
+    table.add_column("steered", width=half, overflow="fold")
+    for row in zip_longest(*(_side(side, half) for side in (found.default, found.steered)), fillvalue=""):
+        table.add_row(*row)
     what = ", ".join(
         f"{one.mode} {one.dictionary}/{one.latent}" + ("" if one.mode == "ablate" else f" x {one.strength:g}")
         for one in found.steers
@@ -163,9 +175,9 @@ def steered(found: Steered, width: int) -> RenderableType:
 
 
 def _side(side: Side, width: int) -> list[Text]:
-    lines = [Text(line) for line in wrap(" ".join(side.text.split()) or "(nothing)", width)]
     mean = sum(one.logprob for one in side.tokens) / max(len(side.tokens), 1)
-    lines += [Text(), Text(f"mean log-probability {mean:.2f}", style="dim")]
+    lines = [Text(" ".join(side.text.split()) or "(nothing)"), Text()]
+    lines.append(Text(f"mean log-probability {mean:.2f}", style="dim"))
     for one in side.tokens:
         others = " ".join(shown(piece) for piece, _ in one.best if piece != one.piece)
         start = f"{set_cell_size(shown(one.piece), 12)}{one.logprob:>7.2f}  "

@@ -28,13 +28,13 @@ _Shown = TypeVar("_Shown", bound="Moving")
 
 
 def out() -> Console:
-    """Standard output, for results."""
-    return Console(highlight=False)
+    """Standard output, for results; text is shown as it is, brackets and colons too."""
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def err() -> Console:
     """Standard error, for everything that is no result."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 class _Rate(ProgressColumn):

@@ -87,6 +87,12 @@ class Database:
         """Close it."""
         self._base.close()
 
+    @property
+    def changes(self) -> int:
+        """How often the file was changed, as SQLite counts it in the file itself (its header's bytes 24 to 27)."""
+        with self.path.open("rb") as file:
+            return int.from_bytes(file.read(28)[24:], "big")
+
     @contextmanager
     def _read(self, question: str, *values: Any) -> Generator[sqlite3.Cursor]:
         try:

@@ -19,7 +19,8 @@ from gemscope.core.errors import InputError
 from gemscope.dictionaries.logit_effects import logit_effects
 from gemscope.features.effects import directions, stream_directions, writes_to_stream
 from gemscope.features.index import FeatureIndex
-from gemscope.features.search import Hit, hits_of, spelled
+from gemscope.features.passing import check_widths
+from gemscope.features.search import Hit, hits_of, indexed, spelled
 from gemscope.features.steering import Steer, interventions
 from gemscope.models.gemma import Gemma
 from gemscope.models.interventions import Intervention
@@ -68,8 +69,8 @@ def _candidates(index: FeatureIndex, dictionaries: Mapping[str, Loaded]) -> dict
     """Dictionaries of one layer that write to the residual stream."""
     return {
         name: one
-        for name, one in dictionaries.items()
-        if name in index.sizes and one.dictionary.n_positions == 1 and writes_to_stream(one.config.writes[0])
+        for name, one in indexed(index, dictionaries).items()
+        if one.dictionary.n_positions == 1 and writes_to_stream(one.config.writes[0])
     }
 
 
@@ -179,12 +180,15 @@ def best_to_steer(
     so, the best first.
 
     The shortlist is tried at the middle strength, and the ``count`` best of it at all. Raises InputError without tokens
-    or prompts, or where no dictionary of the index writes to the residual stream.
+    or prompts, for a dictionary of another width than the model's, or where none of the index writes to the residual
+    stream.
     """
     if not tokens or not prompts or not strengths:
         raise InputError("features are tried on at least one prompt, for at least one token; give some.")
-    if not _candidates(index, dictionaries):
+    candidates = _candidates(index, dictionaries)
+    if not candidates:
         raise InputError("no dictionary of one layer writes to the residual stream; index one that does.")
+    check_widths(gemma, candidates)
     batch = gemma.batch([gemma.tokens(text) if isinstance(text, str) else text for text in prompts])
     listed = shortlist(gemma, index, dictionaries, tokens, batch, each)
     middle = sorted(strengths)[len(strengths) // 2]

@@ -78,6 +78,8 @@ class Feature:
     top: tuple[Example, ...]
     groups: tuple[tuple[Example, ...], ...]
     """Random examples of each quantile group, from the weakest to the strongest."""
+    bounds: tuple[tuple[float, float], ...] = ()
+    """Of an import, whose groups need not be quantiles: lowest and highest activation of each group."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -4,6 +4,8 @@ Eight bins an octave from 2**-12 to 2**20: a bin is a stretch of float32 values 
 first three bits of the fraction. What lies outside counts in the first or last bin.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -30,6 +32,19 @@ def centres() -> npt.NDArray[np.float64]:
     """Middle of each bin."""
     at = edges().astype(np.float64)
     return (at[1:] + at[:-1]) / 2
+
+
+def columns(bars: Sequence[tuple[float, int]], most: int) -> list[int]:
+    """Counts of (middle, count) bars, in rising order, on an axis of at most ``most`` columns, the empty ones too: as
+    many bins each where the bars are bins, as long a stretch of activation each where others made them.
+    """
+    at = np.array([middle for middle, _ in bars], np.float64)
+    place = bin_of(torch.from_numpy(at)).numpy().astype(np.int64)
+    if not np.allclose(centres()[place], at, rtol=1e-6):
+        place = np.rint((at - at.min()) / np.diff(np.unique(at)).min(initial=np.inf)).astype(np.int64)
+    place -= place.min()
+    merged = -(-(int(place.max()) + 1) // most)
+    return np.bincount(place // merged, weights=[count for _, count in bars]).astype(np.int64).tolist()
 
 
 def groups_of_bins(counts: Int[Tensor, "latents bins"], groups: int) -> Int[Tensor, "latents bins"]:

@@ -61,9 +61,13 @@ class Latents:
     examples: layout.Array
     near: layout.Array
     outputs: layout.Array | None
+    bounds: layout.Array | None
+    """Of an import: [latents, groups, 3], lowest and highest activation of each group, and its share."""
 
 
 _PARTS = ("latents", "bins", "examples", "near")
+_MORE = ("outputs", "groups")
+"""Arrays that not every dictionary has."""
 _SQLITE_HEAD = 1 << 14
 """Bytes of the database in which the list of dictionaries lies, unless there are many."""
 
@@ -158,11 +162,11 @@ class FeatureIndex:
         """The arrays of a dictionary; ``records`` has one record a latent (docs/formats.md)."""
         if name not in self._open:
             folder = self.folder / "dictionaries" / name
-            outputs, parts = folder / "outputs.npy", [folder / f"{part}.npy" for part in _PARTS]
-            layout.prefetch_heads([*parts, outputs], layout.HEAD)
+            parts, more = ([folder / f"{part}.npy" for part in some] for some in (_PARTS, _MORE))
+            layout.prefetch_heads([*parts, *more], layout.HEAD)
             records, bins, examples, near = map(layout.load, parts)
-            more = layout.load(outputs) if outputs.is_file() else None
-            self._open[name] = Latents(records, bins, examples, near, more)
+            outputs, bounds = (layout.load(path) if path.is_file() else None for path in more)
+            self._open[name] = Latents(records, bins, examples, near, outputs, bounds)
         return self._open[name]
 
     def feature(self, feature: str | FeatureId, *, before: int | None = 24, after: int | None = 24) -> Feature:
@@ -217,6 +221,9 @@ class FeatureIndex:
             ),
             top=tuple(examples[: cuts[1]]),
             groups=tuple(map(tuple, groups)),
+            bounds=()
+            if parts.bounds is None
+            else tuple((low, high) for low, high, _ in parts.bounds[found.latent].tolist()),
         )
 
     def _expect(self, parts: Latents, record: Any, latent: int) -> None:

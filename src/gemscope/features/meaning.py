@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from gemscope.core.arrays import Float, Tensor
 from gemscope.core.errors import InputError, ModelNotFoundError
 from gemscope.core.files import read_tensors, write_tensors
+from gemscope.core.tensor_files import TensorFile
 from gemscope.features.index import FeatureIndex
 from gemscope.features.search import Hit, hits_of
 
@@ -62,34 +63,46 @@ class TextModel:
 
 
 def embed_labels(index: FeatureIndex, embedder: Embedder, source: str | None = None) -> Path:
-    """Write ``meaning.safetensors`` beside the index: a vector in bf16 for every label, or those of one source."""
+    """Write ``meaning.safetensors`` beside the index: a vector in bf16 for every label, or those of one source; and
+    which model made them of which state of the labels.
+    """
+    state = str(index.database.changes)  # before the labels are read: what comes later is not among them
     labels = list(index.database.every_label(source))
     if not labels:
         raise InputError(f"there are no labels in {index.folder} to embed; label its features first.")
-    path = index.folder / "meaning.safetensors"
+    path = _path(index)
     vectors = embedder([label.text for label in labels]).bfloat16()
     features = torch.tensor([label.feature for label in labels])
-    write_tensors(path, {"vectors": vectors, "features": features}, {"model": embedder.name})
+    write_tensors(path, {"vectors": vectors, "features": features}, {"model": embedder.name, "labels": state})
     return path
 
 
+def _path(index: FeatureIndex) -> Path:
+    return index.folder / "meaning.safetensors"
+
+
+def missing(index: FeatureIndex, embedder: Embedder) -> str | None:
+    """Why this model's vectors of the labels as they are now are not there; None when they are."""
+    if not _path(index).is_file():
+        return "have no vectors"
+    with TensorFile(_path(index)) as file:
+        made = file.metadata
+    if made.get("model") != embedder.name:
+        return f"have vectors of {made.get('model')}, not of {embedder.name}"
+    return None if made.get("labels") == str(index.database.changes) else "have changed since they got vectors"
+
+
 def by_meaning(index: FeatureIndex, embedder: Embedder, question: str, top: int = 20) -> list[Hit]:
-    """Features with the label nearest to the question, by cosine; raises InputError when no labels were embedded, or
-    by a model with other vectors.
+    """Features with the label nearest to the question, by cosine; raises InputError when the labels were not embedded,
+    or by another model, or before some of them changed.
     """
-    path = index.folder / "meaning.safetensors"
-    if not path.is_file():
+    if (why := missing(index, embedder)) is not None:
         raise InputError(
-            f"the labels in {index.folder} have no vectors; make them first with: gemscope find --embed MODEL"
+            f"the labels in {index.folder} {why}; make them with:"
+            f" gemscope find --index {index.folder} --meaning WORDS --embed {embedder.name}"
         )
-    stored = read_tensors(path)
-    wanted = embedder([question])[0]
-    if len(wanted) != stored["vectors"].shape[1]:
-        raise InputError(
-            f"{embedder.name!r} gives vectors of width {len(wanted)}, the labels' have {stored['vectors'].shape[1]};"
-            " give the model that embedded them."
-        )
-    scores = (stored["vectors"] @ wanted.bfloat16()).float()
+    stored = read_tensors(_path(index))
+    scores = (stored["vectors"] @ embedder([question])[0].bfloat16()).float()
     best: dict[int, float] = {}
     for place in scores.argsort(descending=True).tolist():
         best.setdefault(int(stored["features"][place]), float(scores[place]))

@@ -190,10 +190,9 @@ class _Source:
 
 def _bounds(index: FeatureIndex, name: str, latents: Sequence[int]) -> layout.Array:
     """[latents, groups, 3]: lowest and highest activation of each group, and its share of all."""
-    path = index.folder / "dictionaries" / name / "groups.npy"
-    if path.is_file():
-        return np.array(layout.load(path)[latents.start : latents.stop] if isinstance(latents, range) else [])
     parts, groups = index.latents(name), int(index.about["config"]["groups"])
+    if parts.bounds is not None:
+        return np.array(parts.bounds[list(latents)])
     found, edges = np.zeros((len(latents), groups, 3)), histogram.edges().astype(np.float64)
     for at, latent in enumerate(latents):
         record = parts.records[latent]

@@ -28,6 +28,7 @@ from gemscope.features import layout
 from gemscope.features.blocks import Block, Rows, Where
 from gemscope.features.config import IndexConfig
 from gemscope.features.tally import STEPS, Tally, step_range
+from gemscope.models.gemma import Gemma
 
 CHUNK_ROWS = 8192
 """Rows that are encoded at a time, about."""
@@ -252,3 +253,15 @@ def whole(folder: Path, dictionaries: Mapping[str, Loaded], config: IndexConfig,
 def sites_of(dictionaries: Mapping[str, Loaded]) -> list[Site]:
     """Every site that is read."""
     return list(dict.fromkeys(site for loaded in dictionaries.values() for site in loaded.config.reads))
+
+
+def check_widths(gemma: Gemma, dictionaries: Mapping[str, Loaded]) -> None:
+    """Raises InputError for a dictionary of other widths than a model has at its sites, SiteError for other sites."""
+    for name, loaded in dictionaries.items():
+        sites = [(site, loaded.dictionary.d_in) for site in loaded.config.reads]
+        for site, width in [*sites, *((site, loaded.dictionary.d_out) for site in loaded.config.writes)]:
+            if width != gemma.width(site):
+                raise InputError(
+                    f"{name} is of width {width} at {site}, but {gemma.name} has {gemma.width(site)} there; give the"
+                    f" model it was made for, {loaded.config.model}, with --model."
+                )

@@ -14,7 +14,7 @@ from gemscope.features import layout
 from gemscope.features.effects import directions
 from gemscope.features.histogram import BINS, bin_of
 from gemscope.features.index import FeatureIndex
-from gemscope.features.passing import sites_of
+from gemscope.features.passing import check_widths, sites_of
 from gemscope.models.gemma import Gemma
 from gemscope.models.tokens import Tokens
 
@@ -98,8 +98,11 @@ def by_text(
     AUROC of "is one of these", 0.5 for what tells nothing. The other token is drawn from the index, and one time in
     ``1 / HERE`` from the text's other content: that tells what these tokens have in common from what the text is like.
     Without ``at``, the score is the mean over content tokens of -log of the share of all tokens with such an activation
-    or more, in nats. Raises InputError for a position outside the text.
+    or more, in nats. Raises InputError for a position outside the text, the errors of ``indexed``, and those of
+    ``check_widths``.
     """
+    dictionaries = indexed(index, dictionaries)
+    check_widths(gemma, dictionaries)
     tokens = gemma.tokens(text) if isinstance(text, str) else text
     chosen = _positions(tokens, at)
     others = tokens.content_mask.clone()
@@ -107,8 +110,6 @@ def by_text(
     captured = gemma.capture(tokens, sites_of(dictionaries))
     found: list[tuple[float, str, int, Tensor]] = []
     for name, loaded in dictionaries.items():
-        if name not in index.sizes:
-            continue
         reads = [captured[site][0].float() for site in loaded.config.reads]
         x = reads[0] if loaded.dictionary.n_positions == 1 else torch.stack(reads, dim=1)
         acts = loaded.dictionary.encode(x.to(next(loaded.dictionary.parameters()).device)).flatten(1).cpu()
@@ -129,6 +130,23 @@ def by_text(
     return TextHits(tokens, tuple(hits))
 
 
+def indexed(index: FeatureIndex, dictionaries: Mapping[str, Loaded]) -> dict[str, Loaded]:
+    """Those of the index; raises InputError when none is, or one is not the one that was indexed."""
+    found = {name: loaded for name, loaded in dictionaries.items() if name in index.sizes}
+    if not found:
+        raise InputError(
+            f"none of the dictionaries ({', '.join(dictionaries) or 'none'}) is in the index in {index.folder}, which"
+            f" is of {', '.join(index.names)}; a folder's name is its dictionary's."
+        )
+    for name, loaded in found.items():
+        if loaded.dictionary.n_latents != index.sizes[name]:
+            raise InputError(
+                f"{name} has {loaded.dictionary.n_latents} latents, in the index {index.sizes[name]}; give the"
+                " dictionary that was indexed."
+            )
+    return found
+
+
 def _positions(tokens: Tokens, at: Sequence[int] | None) -> Int[Tensor, " chosen"]:
     if at is None:
         return tokens.content_mask.nonzero()[:, 0]
@@ -145,7 +163,11 @@ def _density(index: FeatureIndex, name: str) -> Float[Tensor, " latents"]:
 def _share_above(
     index: FeatureIndex, name: str, latents: Int[Tensor, " chosen"], acts: Float[Tensor, "pos chosen"]
 ) -> Float[Tensor, "pos chosen"]:
-    """The share of the index's tokens on which a latent is more active, those in the same bin counting half."""
+    """The share of the index's tokens on which a latent is more active, those in the same bin counting half; never
+    below half a token's, since what none of so many tokens had is no rarer than that for sure.
+
+    Where an index has no histogram, all activations of a latent count as being in one bin.
+    """
     parts, which = index.latents(name), latents.numpy()
     records = parts.records[which]
     counts = records["n_bins"].astype(np.int64)
@@ -161,10 +183,19 @@ def _share_above(
     active = histogram.sum(1)
     total = np.maximum(active / np.maximum(records["density"], 1e-12), np.maximum(active, 1))
     above = (active[:, None] - np.cumsum(histogram, axis=1) + histogram / 2) / total[:, None]
+    above = np.where(counts[:, None] > 0, above, records["density"][:, None] / 2)
     inactive = (1 + records["density"]) / 2
-    table = torch.from_numpy(np.concatenate([inactive[:, None], above], axis=1)).clamp(min=1e-9)
+    table = torch.from_numpy(np.concatenate([inactive[:, None], above], axis=1)).clamp(min=_half_a_token(index, name))
     place = torch.where(acts > 0, bin_of(acts.reshape(-1)).view(acts.shape).long() + 1, 0)
     return table.gather(1, place.T).T
+
+
+def _half_a_token(index: FeatureIndex, name: str) -> float:
+    """The share of half a token; where nobody knows how many there were, half of the rarest latent's density."""
+    if index.about["tokens"]:
+        return 0.5 / index.about["tokens"]
+    density = _density(index, name)
+    return 0.5 * float(density[density > 0].min()) if bool((density > 0).any()) else 1e-9
 
 
 def _share_above_here(
@@ -208,14 +239,14 @@ def by_direction(
 ) -> list[Hit]:
     """Features with the largest cosine of decoder and direction, in all dictionaries that write vectors of its width.
 
-    Raises InputError when there is none, and for a direction of length zero.
+    Raises InputError when there is none, and for a direction of length zero; the errors of ``indexed``.
     """
     wanted = direction.float().reshape(-1)
     if not float(wanted.norm()) > 0:
         raise InputError("the direction has length zero; give another one.")
     found: list[tuple[float, int]] = []
-    for name, loaded in dictionaries.items():
-        if loaded.dictionary.d_out != len(wanted) or name not in index.sizes:
+    for name, loaded in indexed(index, dictionaries).items():
+        if loaded.dictionary.d_out != len(wanted):
             continue
         rows = directions(loaded, 0, loaded.dictionary.n_latents).float()
         cosines = rows @ wanted.to(rows.device) / (rows.norm(dim=1).clamp(min=1e-30) * wanted.norm())
@@ -228,8 +259,16 @@ def by_direction(
 
 
 def like(index: FeatureIndex, dictionaries: Mapping[str, Loaded], feature: str, top: int = 20) -> list[Hit]:
-    """Features whose decoder points where that of another feature does; itself left out."""
+    """Features whose decoder points where that of another feature does; itself left out.
+
+    Raises InputError when the other feature's dictionary is not among those given; the errors of ``by_direction``.
+    """
     found = index.find_id(feature)
+    if found.dictionary not in dictionaries:
+        raise InputError(
+            f"the direction of {found} is in {found.dictionary}, which is not among the dictionaries given"
+            f" ({', '.join(dictionaries)}); give its folder too."
+        )
     direction = directions(dictionaries[found.dictionary], found.latent, found.latent + 1)[0]
     return [hit for hit in by_direction(index, dictionaries, direction, top + 1) if hit.id != str(found)][:top]
 
@@ -254,8 +293,10 @@ def by_promoted(index: FeatureIndex, token: str, top: int = 20) -> list[Hit]:
 
 
 def spelled(index: FeatureIndex, token: str) -> list[int]:
-    """Tokens that spell this, with a space in front or not; raises InputError when there is none."""
+    """Tokens that spell this, with a space in front or not; raises InputError for no word, or when there is none."""
     word = token.strip()
+    if not word:
+        raise InputError("the token is empty; give one with a letter or a sign.")
     ids = index.pieces.ids_of([word, f"▁{word}", f" {word}"])
     if not ids:
         raise InputError(f"{token!r} is no single token of this model's vocabulary that the index knows; give another.")

@@ -1,13 +1,15 @@
 """Generate with some latents added to, held at a value, or removed, beside the model as it is.
 
 Notable:
-- what is changed is only what the latents write: x becomes x + (a' - a) d, so all that the dictionary does not explain
-  stays (its error term);
+- what is changed is only what the latents write: x becomes x + the sum over the latents of (a' - a) d, so all that the
+  dictionaries do not explain stays (their error terms);
+- every a is of what is read there before any latent writes to that site; a latent of a later site is read from what
+  those of earlier ones left;
 - strength is in units of the latent's own largest activation in the index, so that 1 means as strong as it gets;
 - transcoders and CLTs are steered where they write, with activations from where they read, in the same forward pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,9 +19,9 @@ from gemscope.artifacts.config import Loaded
 from gemscope.core.arrays import Float, Tensor
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
-from gemscope.dictionaries.multilayer import MultiLayer
 from gemscope.dictionaries.single import SingleLayer
 from gemscope.features.index import FeatureIndex
+from gemscope.features.passing import check_widths
 from gemscope.models.chat import Turn
 from gemscope.models.gemma import Gemma
 from gemscope.models.interventions import Edit, Intervention
@@ -29,7 +31,7 @@ from gemscope.models.tokens import Tokens
 Mode = Literal["add", "clamp", "ablate"]
 Where = Literal["all", "prompt", "generated"] | Sequence[int]
 """``all``: content of the prompt, and what is generated; ``generated``: from the last token of the prompt on, which
-gives the first new one; numbers: positions of the prompt."""
+gives the first new one; numbers: these positions of the prompt, control tokens and ``<bos>`` too."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,16 @@ def steer(
 ) -> Steered:
     """Continue a text, or answer a chat (a sequence of turns), as the model does and steered.
 
-    Control tokens and the chat template's words are steered only with ``special``; the ``<bos>`` never. Greedy, and
-    with strength 0 added, both are the same. Raises InputError for a latent or position that does not exist.
+    Control tokens and the chat template's words are steered only with ``special``, the ``<bos>`` not even then; but
+    positions given as numbers are taken as given, whatever is there. Greedy, and with strength 0 added, both are the
+    same. Raises the errors of ``interventions``, and InputError for a position that does not exist or a dictionary of
+    another width than the model's.
     """
     tokens = _prompt(gemma, prompt)
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     positions, steps = selection(tokens, where, special)
     changes = interventions(dictionaries, steers, positions, steps)
+    check_widths(gemma, {one.dictionary: dictionaries[one.dictionary] for one in steers})
     (plain,) = gemma.generate(tokens, **sampling)
     (changed,) = gemma.generate(tokens, interventions=changes, **sampling)
     scored = _whole(positions, steps, len(tokens), len(changed.tokens))
@@ -161,37 +166,45 @@ def interventions(
     dictionaries: Mapping[str, Loaded], steers: Sequence[Steer], positions: Positions, steps: Steps = "all"
 ) -> list[Intervention]:
     """Changes that steer at ``positions`` of the prompt (everywhere for None) and, when ``steps`` is ``all``, at every
-    new token. Raises InputError for a dictionary or latent that does not exist.
+    new token. At a site that several latents share, all are read before any of them writes.
+
+    Raises InputError for a dictionary or latent that does not exist, for a latent that is given twice, and for one of a
+    TopK over several layers in another mode than ``add``: its activation is not known before the last layer.
     """
-    found: list[Intervention] = []
-    for one in steers:
+    places: list[tuple[Positions, Steps]] = [(positions, steps if positions is None else "prefill")]
+    if positions is not None and steps == "all":
+        places.append((None, "new"))
+    readers, writers = list[Intervention](), list[Intervention]()
+    for number, one in enumerate(steers):
+        if any((one.dictionary, one.latent) == (other.dictionary, other.latent) for other in steers[:number]):
+            raise InputError(f"{one.dictionary}/{one.latent} is given twice; say once what becomes of it.")
         if one.mode == "add" and one.strength == 0:
             continue
-        if one.dictionary not in dictionaries:
-            raise InputError(f"there is no dictionary {one.dictionary!r} here; there are {', '.join(dictionaries)}.")
-        loaded = dictionaries[one.dictionary]
-        count = loaded.dictionary.n_latents
-        if not 0 <= one.latent < count:
-            raise InputError(f"there is no latent {one.latent} of {one.dictionary}; it has latents 0 to {count - 1}.")
-        places: list[tuple[Positions, Steps]] = [(positions, steps if positions is None else "prefill")]
-        if positions is not None and steps == "all":
-            places.append((None, "new"))
-        for at, when in places:
-            found += _changes(loaded, one, at, when)
-    return found
+        loaded = _loaded(dictionaries, one)
+        delta = _Delta(loaded, one)
+        if one.mode != "add":
+            readers.append(Edit(delta.site, delta.read))
+        for site, row in _written(loaded, one.latent):
+            writers += [Edit(site, delta.writer(row), positions=at, steps=when) for at, when in places]
+    return [*readers, *writers]
 
 
-def _changes(loaded: Loaded, one: Steer, positions: Positions, steps: Steps) -> list[Intervention]:
-    """Edits of one latent: where it is read (that changes nothing), and where it writes."""
-    delta = _Delta(loaded, one)
-    written = _written(loaded, one.latent)
-    found: list[Intervention] = []
-    if one.mode != "add":
-        found += [
-            Edit(site, delta.reader(place)) for place, site in enumerate(loaded.config.reads) if delta.needs(place)
-        ]
-    found += [Edit(site, delta.writer(row), positions=positions, steps=steps) for site, row in written]
-    return found
+def _loaded(dictionaries: Mapping[str, Loaded], one: Steer) -> Loaded:
+    """The latent's dictionary; raises InputError where it cannot be steered so."""
+    if one.dictionary not in dictionaries:
+        raise InputError(f"there is no dictionary {one.dictionary!r} here; there are {', '.join(dictionaries)}.")
+    loaded = dictionaries[one.dictionary]
+    dictionary = loaded.dictionary
+    if not 0 <= one.latent < dictionary.n_latents:
+        raise InputError(
+            f"there is no latent {one.latent} of {one.dictionary}; it has latents 0 to {dictionary.n_latents - 1}."
+        )
+    if one.mode != "add" and dictionary.n_positions > 1 and dictionary.activation.top is not None:
+        raise InputError(
+            f"cannot {one.mode} {one.dictionary}/{one.latent}: its latents compete with those of later layers;"
+            " steer it with add."
+        )
+    return loaded
 
 
 def _written(loaded: Loaded, latent: int) -> list[tuple[Site, Float[Tensor, " d_out"]]]:
@@ -209,47 +222,32 @@ class _Delta:
     """The change of one latent's activation in the running forward pass."""
 
     def __init__(self, loaded: Loaded, one: Steer) -> None:
-        self._loaded, self._one = loaded, one
-        dictionary = loaded.dictionary
-        self._own = one.latent // dictionary.d_sae if isinstance(dictionary, MultiLayer) else 0
-        self._inputs: dict[int, Tensor] = {}
+        self._dictionary, self._one = loaded.dictionary, one
+        self._place = one.latent // self._dictionary.d_sae
+        self.site = loaded.config.reads[self._place]
+        """Where the latent is read."""
         self._delta: Tensor | None = None
 
-    def needs(self, place: int) -> bool:
-        """Whether the activation depends on what is read at a place: with TopK all latents compete."""
-        return place == self._own or self._loaded.dictionary.activation.top is not None
+    @torch.no_grad()
+    def read(self, x: Float[Tensor, "batch pos d_in"]) -> Float[Tensor, "batch pos d_in"]:
+        """Finds the change, and changes nothing."""
+        dictionary, one = self._dictionary, self._one
+        rows = x.to(next(dictionary.parameters()).device)
+        if not isinstance(dictionary, SingleLayer):
+            rows = torch.zeros_like(rows)[..., None, :].repeat(1, 1, dictionary.n_positions, 1)
+            rows[..., self._place, :] = x
+        wanted = 0.0 if one.mode == "ablate" else one.strength * one.unit
+        self._delta = (wanted - dictionary.encode(rows, [one.latent])).to(x.device)
+        return x
 
-    def reader(self, place: int) -> Any:
-        """Looks at what is read, and changes nothing."""
-
-        def look(x: Tensor) -> Tensor:
-            self._inputs[place] = x
-            self._delta = None
-            return x
-
-        return look
-
-    def writer(self, row: Float[Tensor, " d_out"]) -> Any:
+    def writer(self, row: Float[Tensor, " d_out"]) -> Callable[[Tensor], Tensor]:
         """Adds what the change writes."""
 
-        def change(x: Tensor) -> Tensor:
-            wanted = self._one.strength * self._one.unit
-            if self._one.mode == "add":
-                return x + (wanted * row.to(x.device)).to(x.dtype)
-            if self._delta is None:
-                self._delta = (0.0 if self._one.mode == "ablate" else wanted) - self._activation()
-            return x + (self._delta[..., None] * row.to(x.device)).to(x.dtype)
+        def change(x: Float[Tensor, "batch pos d_out"]) -> Float[Tensor, "batch pos d_out"]:
+            delta = self._one.strength * self._one.unit if self._delta is None else self._delta
+            return x + (delta * row.to(x.device)).to(x.dtype)
 
         return change
-
-    @torch.no_grad()
-    def _activation(self) -> Float[Tensor, "batch pos"]:
-        dictionary = self._loaded.dictionary
-        if isinstance(dictionary, SingleLayer):
-            return dictionary.encode(self._inputs[0], [self._one.latent])[..., 0]
-        some = next(iter(self._inputs.values()))
-        every = [self._inputs.get(place, torch.zeros_like(some)) for place in range(dictionary.n_positions)]
-        return dictionary.encode(torch.stack(every, dim=-2), [self._one.latent])[..., 0]
 
 
 def _scores(

@@ -1,13 +1,17 @@
 """find, feature, steer and index on a whole suite of the tiny model, as a user types them."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from gemscope.cli.main import app
+from gemscope.core.errors import InputError
+from gemscope.features.database import Label, add_labels
 from gemscope.features.index import FeatureIndex
+from gemscope.features.meaning import TextModel, by_meaning
 from gemscope.features.steering import Steer, interventions, selection
 from gemscope.models.gemma import Gemma
 from gemscope.suites.indexing import dictionaries_of, open_index
@@ -42,6 +46,38 @@ def test_features_are_found(run):
     assert "nothing was found" in run("find", "zyzzyva")
     assert "say one thing" in run("find", "one", "--concept", "two", code=2)
     assert "needs an embedding model" in run("find", "--meaning", "towns", code=2)
+    assert "all control tokens" in run("find", "--text", "<start_of_turn>", code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("x", "--at", "y"), "--at goes with --text only"),
+        (("x", "--by-token"), "--by-token goes with --text only"),
+        (("x", "--max-density", "0"), "--max-density goes with --text only"),
+        (("--promotes", "Paris", "--on", "the"), "--on goes with --raises only"),
+        (("x", "--embed", "model"), "--embed goes with --meaning only"),
+        (("--promotes", ""), "the token is empty"),
+        (("--raises", " ", "--on", "the"), "the token is empty"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(run, words, expected):
+    assert expected in run("find", *words, code=2)
+
+
+def test_labels_are_searched_by_meaning_with_the_command_that_the_error_says(tiny_suite, tiny_folder, tmp_path):
+    copy = shutil.copytree(open_index(Suite.open(tiny_suite)).folder, tmp_path / "index")
+    made, embedder = FeatureIndex.open(copy), TextModel(str(tiny_folder))
+    with pytest.raises(InputError, match="have no vectors") as error:
+        by_meaning(made, embedder, "town")
+    words = str(error.value).partition("make them with: gemscope ")[2].split()
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert [hit["id"] for hit in found] == [hit.id for hit in by_meaning(made, embedder, "WORDS", 10)]
+    add_labels(made.database.path, [Label(7, "WORDS", "explainer")])
+    with pytest.raises(InputError, match="have changed"):
+        by_meaning(made, embedder, "town")
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert found[0]["id"] == str(made.id_of(7))
 
 
 def test_features_that_raise_a_token_are_found_by_trying_them(run, tiny_suite, tiny_folder):
@@ -78,6 +114,30 @@ def test_text_is_steered(run):
     shown = run("steer", "the capital of France is", "-f", f"{name}=3", "--tokens", "4", "--where", "generated")
     assert "as it is" in shown
     assert "nothing to steer" in run("steer", "text", code=2)
+
+
+def test_each_feature_can_be_steered_in_its_own_mode(run, tiny_suite):
+    peaks = open_index(Suite.open(tiny_suite)).latents("resid_post.1").records["peak"]
+    one, two, three, four = (f"resid_post.1/{latent}" for latent in peaks.nonzero()[0][:4])
+    how = ["-f", f"{one}=ablate", "-f", f"{two}=clamp:1.5", "-f", f"{three}=-3", "-f", four, "--strength", "2"]
+    done = json.loads(run("steer", "the capital of France", *how, "--tokens", "1", "--json"))
+    assert [(f"resid_post.1/{s['latent']}", s["mode"], s["strength"]) for s in done["steers"]] == [
+        (one, "ablate", 2.0),
+        (two, "clamp", 1.5),
+        (three, "add", -3.0),
+        (four, "add", 2.0),
+    ]
+    done = json.loads(run("steer", "the", "-f", one, "-f", f"{two}=add", "--mode", "ablate", "--tokens", "1", "--json"))
+    assert [s["mode"] for s in done["steers"]] == ["ablate", "add"]
+    for bad, expected in (
+        ("=ablate:2", "to ablate has none"),
+        ("=push", "neither a strength nor a mode"),
+        ("=push:2", "cannot steer by 'push'"),
+        ("=clamp:", "ends too early"),
+        ("=:2", "ends too early"),
+        ("=", "ends too early"),
+    ):
+        assert expected in run("steer", "the", "-f", one + bad, code=2)
 
 
 def test_a_suites_index_is_written_as_a_bundle_and_read(run, tmp_path):

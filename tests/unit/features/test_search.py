@@ -12,10 +12,13 @@ from gemscope.features import database, layout, search
 from gemscope.features.blocks import LiveRows
 from gemscope.features.config import IndexConfig
 from gemscope.features.database import Label, add_labels
+from gemscope.features.effective import best_to_steer
 from gemscope.features.effects import nearest, promoted
 from gemscope.features.index import FeatureIndex, index
 from gemscope.features.meaning import TextModel, by_meaning, embed_labels
+from gemscope.features.scope_examples import export_examples, import_examples
 from gemscope.features.spelling import readable
+from gemscope.features.steering import Steer, steer
 from unit.dictionaries.zoo import random_dictionary
 from unit.features import brute
 from unit.models.tiny_gemma import TEXTS, gemma
@@ -140,7 +143,8 @@ def test_a_text_gives_the_features_that_it_activates(made):
         """Of the index's tokens, those with an activation in a higher bin, and half of those in the same."""
         level = brute.bin_number(value) if value > 0 else -1
         levels = [brute.bin_number(float(v)) if v > 0 else -1 for v in known[:, latent]]
-        return sum(other > level for other in levels) / len(levels) + sum(x == level for x in levels) / len(levels) / 2
+        above = sum(other > level for other in levels) + sum(x == level for x in levels) / 2
+        return max(above, 0.5) / len(levels)
 
     def above_here(value: float, latent: int) -> float:
         """The only other token of the text, at 1."""
@@ -166,7 +170,7 @@ def test_a_text_gives_the_features_that_it_activates(made):
     for hit in whole.hits:
         latent = int(hit.id.split("/")[1])
         values = [float(a) for a in acts[1:, latent]]
-        surprise = [-np.log(max(share_above(v, latent), 1e-9)) if v > 0 else 0.0 for v in values]
+        surprise = [-np.log(share_above(v, latent)) if v > 0 else 0.0 for v in values]
         assert hit.score == pytest.approx(np.mean(surprise), abs=1e-6)
         assert hit.values == pytest.approx(acts[:, latent].tolist(), abs=1e-5)
     found = search.by_text(built, model, loaded, text, top=400)
@@ -180,6 +184,73 @@ def test_a_text_gives_the_features_that_it_activates(made):
         search.by_text(built, model, loaded, text, at=[99])
     by_token = search.tokens_to_features(built, model, "z.1", loaded["z.1"], text)
     assert [piece for piece, _ in by_token] == list(tokens.pieces[1:])
+
+
+def test_without_histograms_what_is_rarer_tells_more(made, tmp_path):
+    (model, built, loaded), name = made, "resid_post.1"
+    export_examples(built, name, tmp_path / name)
+    read = import_examples(tmp_path / name, tmp_path / "i", model, name=name)
+    alone, text = {name: loaded[name]}, "we like Paris"
+    density = built.latents(name).records["density"]
+    acts = alone[name].dictionary.encode(model.capture(model.tokens(text), [name])[name][0])[1:]
+    found = search.by_text(read, model, alone, text, top=20).hits
+    assert len(found) > 3
+    floor = density[density > 0].min() / 2
+    for hit in found:
+        latent = int(hit.id.split("/")[1])
+        share = float((acts[:, latent] > 0).double().mean())
+        assert hit.score == pytest.approx(share * -np.log(max(density[latent] / 2, floor)), abs=1e-6)
+    for hit in search.by_text(read, model, alone, text, top=20, at=range(1, len(acts) + 1)).hits:
+        latent = int(hit.id.split("/")[1])
+        shares = [(density[latent] if a > 0 else 1 + density[latent]) / 2 for a in acts[:, latent]]
+        assert hit.score == pytest.approx(1 - np.mean(shares), abs=1e-6)
+
+
+def test_what_was_never_active_is_no_rarer_than_half_a_token(tmp_path):
+    model = gemma("gemma3")
+    loaded = {"a": Loaded(one := random_dictionary("sae", d_in=24, d_sae=20, dtype=torch.float32), config_of(one))}
+    few = model.tokens("we")
+    built = index(tmp_path / "i", LiveRows(model, [few]), loaded, CONFIG, gemma=model)
+    tokens = int(few.content_mask.sum())
+    assert built.about["tokens"] == tokens
+    text = "the capital of France is Paris"
+    hits = search.by_text(built, model, loaded, text, top=20).hits
+    never = [hit for hit in hits if hit.density == 0]
+    assert never
+    acts = one.encode(model.capture(model.tokens(text), ["resid_post.1"])["resid_post.1"][0])[1:]
+    for hit in never:
+        share = float((acts[:, int(hit.id.split("/")[1])] > 0).double().mean())
+        assert hit.score == pytest.approx(share * np.log(2 * tokens), abs=1e-6)
+
+
+def config_of(sae, site="resid_post.1"):
+    return DictionaryConfig.of(sae, Site.parse(site), model="tiny")
+
+
+def test_a_dictionary_of_another_index_or_model_is_named(made, tmp_path):
+    model, built, loaded = made
+    one = loaded["resid_post.1"]
+    for ask in (
+        lambda given: search.by_text(built, model, given, "we like"),
+        lambda given: search.by_direction(built, given, torch.ones(24)),
+        lambda given: best_to_steer(model, built, given, [5], ["we like"]),
+    ):
+        with pytest.raises(InputError, match=r"none of the dictionaries \(other\) is in the index"):
+            ask({"other": one})
+        with pytest.raises(InputError, match=r"z\.1 has 20 latents, in the index 9"):
+            ask({"z.1": one})
+    with pytest.raises(InputError, match=r"is in resid_post\.1, which is not among the dictionaries given \(z\.1\)"):
+        search.like(built, {"z.1": loaded["z.1"]}, "resid_post.1/3")
+    wide = random_dictionary("transcoder", d_in=24, d_out=32, d_sae=20, dtype=torch.float32)
+    config = DictionaryConfig.of(wide, Site("mlp_in", 1), Site("mlp_out", 1), model="a-wider-one")
+    for ask in (
+        lambda given: search.by_text(built, model, given, "we like"),
+        lambda given: steer(model, given, "we like", [Steer("resid_post.1", 3, "clamp")]),
+        lambda given: steer(model, given, "we like", [Steer("resid_post.1", 3)]),
+        lambda given: best_to_steer(model, built, given, [5], ["we like"]),
+    ):
+        with pytest.raises(InputError, match=r"resid_post\.1 is of width 32 at mlp_out\.1, .*a-wider-one"):
+            ask({"resid_post.1": Loaded(wide, config)})
 
 
 def test_directions_and_nearest_are_cosines(made):
@@ -246,6 +317,9 @@ def test_meaning_is_the_cosine_of_embeddings(made, tiny_folder):
     assert hits[0].id == "resid_post.1/5"
     assert hits[0].score == pytest.approx(1.0, abs=0.02)
     assert len(hits) == 4
+    embedder.name = "another"
+    with pytest.raises(InputError, match=f"have vectors of {tiny_folder}, not of another"):
+        by_meaning(built, embedder, "a city")
 
 
 def test_names_are_checked(made):

@@ -9,6 +9,7 @@ from gemscope.core.sites import Site
 from gemscope.dictionaries.activation import Activation
 from gemscope.features.steering import Steer, interventions, selection, steer
 from gemscope.models.chat import Turn
+from gemscope.models.interventions import Edit, Replace
 from unit.dictionaries.zoo import random_dictionary
 from unit.models.tiny_gemma import gemma
 
@@ -62,6 +63,97 @@ def test_clamp_and_ablate_keep_the_error_term(model, activation):
         changed = model.capture(tokens, [site], interventions=changes)[site][0]
         expected = plain + (wanted - acts[:, latent])[:, None] * sae.W_dec[latent]
         torch.testing.assert_close(changed, expected, atol=1e-4, rtol=1e-4)
+
+
+def several(activation=None, layers=(1, 1)):
+    """Two SAEs, d and e, with other weights."""
+    given = () if activation is None else (activation,)
+    found = {}
+    for seed, (name, layer) in enumerate(zip("de", layers, strict=True)):
+        sae = random_dictionary("sae", *given, seed=seed, d_in=24, d_sae=10, dtype=torch.float32)
+        found[name] = Loaded(sae, DictionaryConfig.of(sae, Site("resid_post", layer), model="tiny"))
+    return found
+
+
+def acts_of(sae, x):
+    """[pos, d_sae], in float64."""
+    pre = x.double() @ sae.W_enc.double() + sae.b_enc.double()
+    if sae.activation.kind == "jumprelu":
+        return pre * (pre > sae.threshold.double())
+    return (pre * (pre >= pre.topk(4, dim=1).values[:, -1:])).relu()
+
+
+def by_sum(found, steers, x):
+    """x + the sum over the latents of (a' - a) d, with every a of the same x [pos, d_in]."""
+    total = x.double()
+    for one in steers:
+        sae = found[one.dictionary].dictionary
+        act = acts_of(sae, x)[:, one.latent]
+        level = one.strength * one.unit
+        wanted = {"add": act + level, "clamp": torch.full_like(act, level), "ablate": torch.zeros_like(act)}[one.mode]
+        total = total + (wanted - act)[:, None] * sae.W_dec[one.latent].double()
+    return total.float()
+
+
+def most_active(found, x, count):
+    acts = {name: acts_of(one.dictionary, x[1:]).sum(0) for name, one in found.items()}
+    return [(name, latent) for name in acts for latent in acts[name].topk(count).indices.tolist()]
+
+
+@pytest.mark.parametrize("activation", [Activation("jumprelu"), Activation("topk", 4)])
+@pytest.mark.parametrize("modes", [("ablate",), ("clamp",), ("ablate", "clamp", "add")])
+def test_several_latents_at_one_site_change_the_sum_of_what_they_write_in_any_order(model, activation, modes):
+    found, tokens, site = several(activation), model.tokens(TEXT), Site("resid_post", 1)
+    plain = model.capture(tokens, [site])[site][0]
+    active = most_active(found, plain, 3)
+    steers = [Steer(name, i, modes[n % len(modes)], 2.0, 3.0) for n, (name, i) in enumerate(active)]
+    for some in (steers, steers[::-1], steers[:2], steers[1::-1]):
+        changed = model.capture(tokens, [site], interventions=interventions(found, some, None))[site][0]
+        torch.testing.assert_close(changed, by_sum(found, some, plain), atol=1e-4, rtol=1e-4)
+
+
+def test_a_latent_of_a_later_site_is_read_from_what_an_earlier_one_left(model):
+    found, tokens = several(layers=(1, 2)), model.tokens(TEXT)
+    first, second = Site("resid_post", 1), Site("resid_post", 2)
+    plain = model.capture(tokens, [first, second])
+    steers = [Steer("d", i, "ablate") for i in (0, 1, 2)] + [Steer("e", i, "clamp", 2.0) for i in (3, 4)]
+    between = by_sum(found, steers[:3], plain[first][0])
+    after = model.capture(tokens, [second], interventions=[Replace(first, between)])[second][0]
+    for some in (steers, steers[::-1]):
+        changed = model.capture(tokens, [first, second], interventions=interventions(found, some, None))
+        torch.testing.assert_close(changed[first][0], between, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(changed[second][0], by_sum(found, steers[3:], after), atol=1e-3, rtol=1e-3)
+
+
+def test_several_latents_are_ablated_through_a_whole_generation(model):
+    found, tokens, site = several(), model.tokens(TEXT), Site("resid_post", 1)
+    plain = model.capture(tokens, [site])[site][0]
+    steers = [Steer(name, i, "ablate") for name, i in most_active(found, plain, 2)]
+    done = [steer(model, found, TEXT, some, max_new_tokens=4) for some in (steers, steers[::-1])]
+    assert done[0].steered.text == done[1].steered.text
+
+    def without(x):
+        return by_sum(found, steers, x[0])[None]
+
+    ids = []
+    for score in done[0].steered.tokens:
+        so_far = model.tokens_of([*tokens.ids.tolist(), *ids])
+        change = Edit(site, without, positions=slice(1, None))
+        scores = model.logits(so_far, interventions=[change])[0, -1].log_softmax(-1)
+        assert score.logprob == pytest.approx(float(scores.max()), abs=1e-4)
+        ids.append(int(scores.argmax()))
+    plainly = model.logits(tokens)[0, -1].log_softmax(-1)
+    assert abs(float(plainly.max()) - done[0].steered.tokens[0].logprob) > 1e-2
+    assert model.tokens_of([*tokens.ids.tolist(), *ids]).pieces[len(tokens) :] == tuple(
+        score.piece for score in done[0].steered.tokens
+    )
+
+
+def test_a_latent_that_competes_with_later_layers_can_only_be_added(model):
+    found = loaded("crosscoder", Activation("topk", 4))
+    with pytest.raises(InputError, match="steer it with add"):
+        interventions(found, [Steer("d", 3, "ablate")], None)
+    assert len(interventions(found, [Steer("d", 3, "add")], None)) == 4
 
 
 @pytest.mark.parametrize("kind", ["transcoder", "clt"])
@@ -146,5 +238,7 @@ def test_mistakes_are_named(model):
     ):
         with pytest.raises(InputError, match=message):
             steer(model, found, TEXT, [bad])
+    with pytest.raises(InputError, match="d/3 is given twice"):
+        steer(model, found, TEXT, [Steer("d", 3, "ablate"), Steer("d", 4), Steer("d", 3, "clamp")])
     with pytest.raises(InputError, match="is no number"):
         Steer("d", 1, "add", float("nan"))
