@@ -16,6 +16,8 @@ from gemscope.core.files import atomic_path, write_json, write_text
 
 FORMAT = "gemscope.sweep"
 VERSION = 1
+REPORT = ("report.json", "report.html", "report.png")
+"""Files that a report may have."""
 COLOURS = ("#3366cc", "#d1602f", "#2b8a57", "#8b4bb8", "#b03060", "#5b6b7a", "#b8860b", "#178f9c")
 
 
@@ -64,15 +66,13 @@ def write_report(folder: Path, points: Sequence[Point], title: str = "Sweep", pn
     fronts = {name: [p.name for p in pareto(points, get)] for name, _, get in _panels(points)}
     value: dict[str, Any] = {"format": FORMAT, "version": VERSION, "title": title}
     value |= {"points": [asdict(p) for p in points], "pareto": fronts}
-    write_json(folder / "report.json", value)
-    write_text(folder / "report.html", as_html(points, title))
-    paths = [folder / "report.json", folder / "report.html"]
-    if png:
-        try:
-            paths.append(as_png(folder / "report.png", points, title))
-        except InputError:
-            return paths
-    return paths
+    data, page, picture = (folder / name for name in REPORT)
+    write_json(data, value)
+    write_text(page, as_html(points, title))
+    try:
+        return [data, page, *([as_png(picture, points, title)] if png else [])]
+    except InputError:
+        return [data, page]
 
 
 Panel = tuple[str, str, Callable[[Point], float | None]]
