@@ -91,10 +91,14 @@ class TrainSummary:
     """Fraction of variance unexplained on the last batch, before the final calibration."""
     l0: float
     """Mean active latents per row of the last batch, before the final calibration."""
+    l0_train: float
+    """Mean active latents per row as training left it, before the final calibration (``Learner.finished``)."""
     l0_finished: float
     """The same of the finished dictionary, on the calibration rows."""
     dead_fraction: float
     """Share of the latents that were not active in the last ``config.dead_after_rows`` rows."""
+    warnings: tuple[str, ...]
+    """What the user should know about how it went."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -378,13 +382,19 @@ def _diverged(run: _Pass, config: TrainConfig, how: str) -> InputError:
 
 def _report(run: _Pass) -> None:
     _measure(run)
+    warned = [learner.warnings() for learner in run.learners]
+    lines: dict[str, dict[str, Any]] = {}
+    for name, last, now, warnings in zip(run.names, run.results, run.latest, warned, strict=True):
+        lines[name] = dict(zip(("loss", "fvu", "l0"), last, strict=True))
+        lines[name]["terms"] = {term: value.item() for term, value in now.terms.items()}
+        if warnings:
+            lines[name]["warnings"] = list(warnings)
     for log in run.logs:
-        pairs = zip(run.names, run.results, strict=True)
-        log.write(run.step, {name: dict(zip(("loss", "fvu", "l0"), r, strict=True)) for name, r in pairs})
+        log.write(run.step, lines)
     if run.progress is not None:
         loss, fvu, l0 = (tuple(r[i] for r in run.results) for i in range(3))
         rate = run.step * run.configs[0].batch_size / max(run.elapsed, 1e-9)
-        said = [f"{n}: {w}" for n, learner in zip(run.names, run.learners, strict=True) for w in learner.warnings()]
+        said = [f"{name}: {text}" for name, texts in zip(run.names, warned, strict=True) for text in texts]
         run.progress(Progress(run.step, run.total, loss, fvu, l0, rate, run.configs[0].batch_size, tuple(said)))
 
 
@@ -447,8 +457,10 @@ def _finish(run: _Pass, number: int, evaluate: Evaluate | None) -> Trained:
         loss=last[0],
         fvu=last[1],
         l0=last[2],
+        l0_train=numbers["l0_train"],
         l0_finished=numbers["l0"],
         dead_fraction=numbers["dead_fraction"],
+        warnings=learner.warnings(),
     )
     _log.info("%s: L0 %.1f, FVU %.3f, thresholds x %.3f", name, summary.l0, summary.fvu, summary.threshold_factor)
     measured = evaluate(config, dictionary) if evaluate is not None and run.mesh.is_first else None

@@ -1,5 +1,6 @@
 """What a run keeps: checkpoints at any step, of these rows and these first weights only, whole after any kill."""
 
+import io
 import json
 import os
 import signal
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from gemscope.cli.train_view import trained_table
 from gemscope.core import files
 from gemscope.core.errors import InputError
 from gemscope.core.files import read_tensors
 from gemscope.dictionaries.base import Dictionary
+from gemscope.dictionaries.single import SingleLayer
 from gemscope.training import checkpoint, trainer
 from gemscope.training.config import TrainConfig
 from gemscope.training.log import read_log
@@ -271,3 +275,30 @@ def test_one_dictionary_at_a_time_is_exported(tmp_path: Path) -> None:
 
     train(source(), [QUICK, replace(QUICK, seed=1)], keep=Keeping(tmp_path, every=6, export=export))
     assert len(before) == 4
+
+
+def test_terms_and_warnings_are_kept_and_shown_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terms of the log sum up to its loss; the L0 in training is that of the thresholds before they were set."""
+    monkeypatch.setattr(trainer.SingleLayerLearner, "warnings", lambda self: ("THE KNOB IS AT ITS END",))
+    held = source(9)
+    (done,) = run(source(), held, [replace(QUICK, steps=40)], RunOptions(tmp_path, "m", evaluate_every=None))
+    lines = [line[done.name] for line in read_log(tmp_path / "log.jsonl")]
+    assert [line["warnings"] for line in lines] == 2 * [["THE KNOB IS AT ITS END"]]
+    for line in lines:
+        assert {"error", "sparsity"} <= line["terms"].keys()
+        assert sum(line["terms"].values()) == pytest.approx(line["loss"], rel=1e-5)
+
+    console = Console(file=io.StringIO(), width=200)
+    console.print(trained_table([done], tmp_path))
+    shown = console.file.getvalue()
+    assert shown.count(f"{done.name}: THE KNOB IS AT ITS END") == 1
+    (row,) = [line.split() for line in shown.splitlines() if line.startswith(f"{done.name} ")]
+    dictionary = done.dictionary
+    assert isinstance(dictionary, SingleLayer)
+    assert dictionary.threshold is not None
+    x = held.data[SITE][torch.randperm(held.rows, generator=torch.Generator().manual_seed(0))][: QUICK.calibration_rows]
+    pre_acts = x @ dictionary.W_enc + dictionary.b_enc
+    before = dictionary.threshold / done.summary.threshold_factor
+    assert done.summary.l0_train == pytest.approx(float((pre_acts > before).sum(1).float().mean()), abs=0.05)
+    assert abs(done.summary.threshold_factor - 1) > 0.01
+    assert row[1:4] == [f"{done.summary.l0_train:.1f}", f"{(done.evaluation or {})['l0']:.1f}", "4"]
