@@ -86,8 +86,8 @@ def load(
     known = value.get("inputs", {})
     if other := [name for name, one in (inputs or {}).items() if known.get(name, one) != one]:
         raise InputError(
-            f"{folder} is the checkpoint of a run with other {' and '.join(other)}; give another folder, or the same"
-            f" {' and '.join(other)} as before."
+            f"{folder} is the checkpoint of a run with other {' and '.join(other)}; give another folder, or the same as"
+            " before."
         )
     tensors = read_tensors(folder / "state.safetensors")
     try:

@@ -25,7 +25,7 @@ class WeightsAndBiases:
     def write(self, step: int, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Every number, at its step; steps that were reported before a resume are not repeated."""
         if self._run is None:
-            self._begin()
+            self._run = self._begin()
         if step > self._after:
             self._run.log(numbers(values), step=step)
 
@@ -44,9 +44,9 @@ class WeightsAndBiases:
     def _id(self) -> Path:
         return self._folder / "id.txt"
 
-    def _begin(self) -> None:
+    def _begin(self) -> Any:
         if not self._id.is_file():
             write_text(self._id, uuid.uuid4().hex)
         mode = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         where = {"dir": str(self._folder), "mode": mode, "id": self._id.read_text(), "resume": "allow"}
-        self._run = self._module.init(**self._about, **where)
+        return self._module.init(**self._about, **where)
