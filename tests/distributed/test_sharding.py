@@ -4,6 +4,8 @@ the number of processes on the way.
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,26 @@ def test_a_checkpoint_goes_on_at_another_number_of_processes(
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 15
     torchrun(tmp_path, 2)
     check(tmp_path, alone)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    """Before anything was reported, and where a checkpoint is due anyway."""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    script = str(Path(__file__).with_name("stopped_run.py"))
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    processes: list[subprocess.Popen[bytes]] = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **place}
+        processes.append(subprocess.Popen([sys.executable, script, str(tmp_path)], env=environment))
+    try:
+        assert [process.wait(300) for process in processes] == [128 + signal.SIGTERM] * 2
+    finally:
+        for process in processes:
+            process.kill()
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 3
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ class ActivationSet:
         """(training rows, held-out rows), by document: no document has rows in both.
 
         A document's side is a hash of its number and the seed, so that it stays where it is when documents
-        are added. Raises InputError unless 0 < held_out < 1.
+        are added; of few documents a side may get none. Raises InputError unless 0 < held_out < 1.
         """
         if not 0 < held_out < 1:
             raise InputError(f"held-out share {held_out} is outside (0, 1); use for example 0.1.")

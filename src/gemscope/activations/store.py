@@ -145,7 +145,7 @@ class Store(PlannedRows):
         """(training side, held-out side), by document: no document has rows in both.
 
         A document falls on the same side in an ``ActivationSet`` of the same documents. Reads the document of every
-        row once (4 bytes a row). Raises InputError unless 0 < held_out < 1.
+        row once (4 bytes a row); of few documents a side may get none. Raises InputError unless 0 < held_out < 1.
         """
         if not 0 < held_out < 1:
             raise InputError(f"held-out share {held_out} is outside (0, 1); use for example 0.1.")

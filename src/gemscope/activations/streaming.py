@@ -59,6 +59,11 @@ class LiveActivations(PlannedRows):
         return "this stream"
 
     @property
+    def identity(self) -> str:
+        """Which rows these are: model, texts, positions and side. The rows' own bits depend on the machine."""
+        return f"{self.plan.id} {self.plan.unit_documents} {self.side}"
+
+    @property
     def rows(self) -> int:
         """Rows per epoch, estimated from a sample."""
         whole = self.plan.documents * self.plan.rows_per_document

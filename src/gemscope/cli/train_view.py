@@ -67,22 +67,25 @@ class LiveTable:
 
 
 def trained_table(done: Sequence[Trained], folder: Path) -> RenderableType:
-    """The held-out measures of what was trained, and where it is."""
+    """The held-out measures of what was trained, where it is, and what was to be warned of."""
     with_loss = any("delta_loss" in (one.evaluation or {}) for one in done)
-    table = _table("dictionary", "L0", "target", "FVU", "dead", "dense", *(["Δ loss"] if with_loss else []))
+    table = _table("dictionary", "train L0", "L0", "target", "FVU", "dead", "dense", *(["Δ loss"] if with_loss else []))
     for one in done:
         found = one.evaluation or {}
         cells = [f"{found[name]:.{digits}f}" for name, digits in (("l0", 1), ("fvu", 4))]
         shares = [f"{100 * found[name]:.1f}%" for name in ("dead_fraction", "dense_fraction")]
         if with_loss:
             shares.append(f"{found['delta_loss']:.4f}")
-        table.add_row(one.name, cells[0], f"{one.config.target_l0:g}", cells[1], *shares)
+        l0 = (f"{one.summary.l0_train:.1f}", cells[0], f"{one.config.target_l0:g}")
+        table.add_row(one.name, *l0, cells[1], *shares)
     rows = (done[0].evaluation or {}).get("rows", 0) if done else 0
     notes = (
-        f"over {rows:,} held-out tokens; dense: active on more than a tenth of them",
+        f"over {rows:,} held-out tokens; train L0: as training left it, before thresholds were set to the target;"
+        " dense: active on more than a tenth of them",
         f"The dictionaries are in {folder / 'dictionaries'}, the curves in {folder / 'report.html'}.",
     )
-    return Group(table, Text(), *(Text(note, style="dim") for note in notes))
+    warned = [Text(f"{one.name}: {text}", style="yellow") for one in done for text in one.summary.warnings]
+    return Group(table, Text(), *(Text(note, style="dim") for note in notes), *warned)
 
 
 def plan_table(configs: Sequence[TrainConfig], widths: Mapping[Site, int]) -> RenderableType:

@@ -1,6 +1,7 @@
 """Files that are either whole or not there: written to a temporary name, synced, then renamed."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -79,7 +80,8 @@ def atomic_path(path: Path | str) -> Generator[Path]:
 def atomic_folder(path: Path | str) -> Generator[Path]:
     """Give a temporary folder beside ``path``; on success it takes the place of ``path``, on any failure it is removed.
 
-    A folder that stood there before is replaced only once the new one is whole.
+    A folder that stood there before is replaced only once the new one is whole; a kill between the two renames leaves
+    it beside its place (``recover``).
     """
     path = Path(path)
     try:
@@ -87,27 +89,58 @@ def atomic_folder(path: Path | str) -> Generator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
         raise storage_error(path, error) from error
+    old = temporary.with_suffix(".old")
     try:
         yield temporary
         for inner in temporary.rglob("*"):
             inner.chmod(0o755 if inner.is_dir() else 0o644)
             _sync(inner)
         temporary.chmod(0o755)
-        old = None
-        if path.exists() or path.is_symlink():
-            old = temporary.with_suffix(".old")
+        if _is_there(path):
             path.rename(old)
         temporary.rename(path)
         _sync(path.parent)
-        if old is not None:
-            old.unlink() if old.is_symlink() else shutil.rmtree(old)
+        _remove(old)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(old, path)
         if isinstance(error, StorageError):  # of a file in the folder: name the place that was asked for
             raise StorageError(str(error).replace(str(temporary), str(path))) from error.__cause__
         if (translated := _write_failed(path, error)) is not error:
             raise translated from error
         raise
+
+
+def recover(path: Path | str) -> None:
+    """Settle what a kill left of ``path``: what stood there goes back unless something took its place, the rest goes.
+
+    Only for a path that no other process is writing. Raises StorageError.
+    """
+    path = Path(path)
+    left = f".{glob.escape(path.name)}.????????"  # the eight characters are tempfile's
+    try:
+        for old in path.parent.glob(f"{left}.old"):
+            _put_back(old, path)
+        for rest in [*path.parent.glob(f"{left}.old"), *path.parent.glob(f"{left}.tmp")]:
+            _remove(rest)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _put_back(old: Path, path: Path) -> None:
+    if _is_there(old) and not _is_there(path):
+        old.rename(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

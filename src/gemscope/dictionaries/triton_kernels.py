@@ -69,7 +69,8 @@ def bag(
     block = min(_WIDEST, triton.next_power_of_2(d))
     if bags:
         grid = (bags, triton.cdiv(d, block))
-        _bag_program[grid](out, index, weights, offsets, table.contiguous(), d, BLOCK=block)
+        arguments = [x.contiguous() for x in (index, weights, offsets, table)]
+        _bag_program[grid](out, *arguments, d, BLOCK=block)
     return out
 
 
@@ -83,6 +84,6 @@ def pair_dots(
     out, d = left.new_empty(len(latents)), left.shape[1]
     if len(latents):
         block = triton.next_power_of_2(d)
-        arguments = (out, latents, offsets, left.contiguous(), right.contiguous(), d)
-        _dots_program[(len(left),)](*arguments, BLOCK=block)
+        arguments = [x.contiguous() for x in (latents, offsets, left, right)]
+        _dots_program[(len(left),)](out, *arguments, d, BLOCK=block)
     return out

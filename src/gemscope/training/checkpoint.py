@@ -9,7 +9,7 @@ A nested state of tensors, numbers, strings, lists and dicts is split into the t
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,8 @@ class Checkpoint:
     """Updates made."""
     configs: Sequence[Mapping[str, Any]]
     """What is being trained, as plain JSON values."""
+    inputs: Mapping[str, str | None]
+    """What it is trained on and from: a hash, or None, of each by its name."""
     position: Mapping[str, int]
     """Place of the next batch."""
     learners: Sequence[Mapping[str, Any]]
@@ -54,20 +56,23 @@ def save(folder: Path, state: Checkpoint) -> None:
         "seconds": state.seconds,
         "configs": list(state.configs),
         "key": key_of(state.configs),
+        "inputs": dict(state.inputs),
         "position": dict(state.position),
         "last": [list(one) for one in state.last],
         "learners": [_split(one, f"{i}", tensors) for i, one in enumerate(state.learners)],
         "random": _split(_random_state(), "random", tensors),
     }
     with atomic_folder(folder) as temporary:
-        write_tensors(temporary / "state.safetensors", {name: t.detach().cpu().clone() for name, t in tensors.items()})
+        write_tensors(temporary / "state.safetensors", _apart(tensors))
         write_json(temporary / "state.json", value)
 
 
-def load(folder: Path, configs: Sequence[Mapping[str, Any]]) -> Checkpoint | None:
+def load(
+    folder: Path, configs: Sequence[Mapping[str, Any]], inputs: Mapping[str, str | None] | None = None
+) -> Checkpoint | None:
     """The checkpoint in ``folder`` with the random states set to its own, or None when there is none.
 
-    Raises FormatError when it is damaged, InputError when it is of other configs.
+    Raises FormatError when it is damaged, InputError when it is of other configs or, if they are given, other inputs.
     """
     if not (folder / "state.json").is_file():
         return None
@@ -78,11 +83,17 @@ def load(folder: Path, configs: Sequence[Mapping[str, Any]]) -> Checkpoint | Non
         raise InputError(
             f"{folder} is the checkpoint of another configuration; give another folder, or the same options as before."
         )
+    known = value.get("inputs", {})
+    if other := [name for name, one in (inputs or {}).items() if known.get(name, one) != one]:
+        raise InputError(
+            f"{folder} is the checkpoint of a run with other {' and '.join(other)}; give another folder, or the same as"
+            " before."
+        )
     tensors = read_tensors(folder / "state.safetensors")
     try:
         learners = [_join(one, tensors) for one in value["learners"]]
         _set_random_state(_join(value["random"], tensors))
-        where = value["step"], value["configs"], value["position"]
+        where = value["step"], value["configs"], known, value["position"]
         return Checkpoint(*where, learners, value["seconds"], value["last"])
     except (KeyError, TypeError) as error:
         raise FormatError(f"{folder} lacks a part ({error}); remove it to begin anew.") from error
@@ -91,6 +102,35 @@ def load(folder: Path, configs: Sequence[Mapping[str, Any]]) -> Checkpoint | Non
 def key_of(configs: Sequence[Mapping[str, Any]]) -> str:
     """A hash of what is trained."""
     return hashlib.sha256(json.dumps(list(configs), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hash_of(tensors: Iterable[Tensor]) -> str:
+    """A hash of shapes, number types and bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of a nested state by its place."""
+    tensors: dict[str, Tensor] = {}
+    for name, part in state.items():
+        _split(part, name, tensors)
+    return tensors
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, no two in the same memory, as the file wants them; copied only where they are not."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu()
+        storage = here.untyped_storage().data_ptr()
+        found[name] = here.clone(memory_format=torch.contiguous_format) if storage in taken else here.contiguous()
+        taken.add(storage)
+    return found
 
 
 def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -66,6 +66,18 @@ class SeekableSource(ActivationSource, Protocol):
         ...
 
 
+@runtime_checkable
+class NamedSource(ActivationSource, Protocol):
+    """A source that says itself which rows it gives, such as a model that is run meanwhile, whose rows are not the same
+    to the last bit on every machine.
+    """
+
+    @property
+    def identity(self) -> str:
+        """The same for the same rows wherever they are, another for others."""
+        ...
+
+
 @dataclass(frozen=True)
 class Moments:
     """Mean and size of a site's activations."""
@@ -135,7 +147,7 @@ class BatchReader:
 def first_rows(
     data: ActivationSource, sites: Sequence[Site], rows: int, batch_size: int, seed: int
 ) -> dict[Site, Float[Tensor, "rows width"]]:
-    """The first ``rows`` rows of epoch 0, or all when there are fewer, in fp32."""
+    """The first ``rows`` rows of epoch 0, all when there are fewer, in fp32; raises InputError where there is none."""
     parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
     have = 0
     for batch in data.batches(sites, batch_size, seed, 0):
@@ -144,6 +156,8 @@ def first_rows(
         have += len(batch[sites[0]])
         if have >= rows:
             break
+    if not have:
+        raise InputError("no row is held out: no document fell on that side of the split; hold out a larger share.")
     return {site: torch.cat(part) for site, part in parts.items()}
 
 

@@ -1,8 +1,9 @@
 """What a run reports, line by line: JSONL always exact and resumable, TensorBoard and Weights & Biases beside it.
 
-A line of ``log.jsonl`` is one object: ``step``, and for each dictionary by its name ``loss``, ``fvu``, ``l0``, or what
-the held-out evaluation found under ``evaluation``. After a resume the lines behind the checkpoint are dropped, so that
-the file is the same as that of a run never stopped.
+A line of ``log.jsonl`` is one object: ``step``, and for each dictionary by its name ``loss``, ``fvu``, ``l0``, the
+parts of the loss under ``terms`` and, where there are any, ``warnings``, or what the held-out evaluation found under
+``evaluation``. After a resume the lines behind the checkpoint are dropped, so that the file is the same as that of a
+run never stopped.
 """
 
 import json

@@ -15,6 +15,7 @@ import torch
 
 from gemscope.artifacts import native
 from gemscope.artifacts.config import DictionaryConfig
+from gemscope.core.files import recover
 from gemscope.core.provenance import collect
 from gemscope.dictionaries.base import Dictionary
 from gemscope.training.config import TrainConfig
@@ -22,8 +23,8 @@ from gemscope.training.data import ActivationSource
 from gemscope.training.heldout import HeldOut
 from gemscope.training.log import Log
 from gemscope.training.sharding import ALONE, Mesh
-from gemscope.training.sweep import Point, write_report
-from gemscope.training.trainer import Evaluate, Keeping, Progress, Trained, train
+from gemscope.training.sweep import REPORT, Point, write_report
+from gemscope.training.trainer import Evaluate, Keeping, Progress, Trained, names_of, train
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,15 @@ def run(
     """Train, with everything that is worth keeping in ``options.folder``; ``measure`` adds to the held-out numbers of
     the finished dictionaries (``delta_loss``). Raises what ``train`` raises, and StorageError.
     """
+    if mesh.is_first:
+        for name in names_of(configs):
+            recover(options.folder / "dictionaries" / name)
+        for name in REPORT:
+            recover(options.folder / name)
     held = HeldOut(heldout, [site for config in configs for site in config.sites])
 
-    def export(step: int, done: Sequence[Trained]) -> None:
-        for one in done:
-            save(options, one, step)
+    def export(step: int, one: Trained) -> None:
+        save(options, one, step)
 
     keep = Keeping(options.folder, options.checkpoint_every, export, options.evaluate_every, options.logs)
     done = train(

@@ -11,16 +11,17 @@ from typing import Any
 
 @dataclass
 class Stop:
-    """What has been asked for."""
+    """What this process has been asked for."""
 
     signal: int | None = None
 
-    def obey(self) -> None:
-        """End the run as the signal would: KeyboardInterrupt for Ctrl-C, exit code 143 for SIGTERM; else nothing."""
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.signal is not None:
-            raise SystemExit(128 + self.signal)
+
+def obey(number: int | None) -> None:
+    """End the run as the signal would: KeyboardInterrupt for Ctrl-C, exit code 143 for SIGTERM; nothing for None."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    if number is not None:
+        raise SystemExit(128 + number)
 
 
 @contextmanager
@@ -33,8 +34,7 @@ def stopping() -> Generator[Stop]:
     before: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        if stop.signal is not None:
-            stop.obey()
+        obey(stop.signal)
         stop.signal = number
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -5,6 +5,7 @@ same by matplotlib where the extra ``plot`` is installed.
 """
 
 import html
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from gemscope.core.files import atomic_path, write_json, write_text
 
 FORMAT = "gemscope.sweep"
 VERSION = 1
+REPORT = ("report.json", "report.html", "report.png")
+"""Files that a report may have."""
 COLOURS = ("#3366cc", "#d1602f", "#2b8a57", "#8b4bb8", "#b03060", "#5b6b7a", "#b8860b", "#178f9c")
 
 
@@ -64,15 +67,13 @@ def write_report(folder: Path, points: Sequence[Point], title: str = "Sweep", pn
     fronts = {name: [p.name for p in pareto(points, get)] for name, _, get in _panels(points)}
     value: dict[str, Any] = {"format": FORMAT, "version": VERSION, "title": title}
     value |= {"points": [asdict(p) for p in points], "pareto": fronts}
-    write_json(folder / "report.json", value)
-    write_text(folder / "report.html", as_html(points, title))
-    paths = [folder / "report.json", folder / "report.html"]
-    if png:
-        try:
-            paths.append(as_png(folder / "report.png", points, title))
-        except InputError:
-            return paths
-    return paths
+    data, page, picture = (folder / name for name in REPORT)
+    write_json(data, value)
+    write_text(page, as_html(points, title))
+    try:
+        return [data, page, *([as_png(picture, points, title)] if png else [])]
+    except InputError:
+        return [data, page]
 
 
 Panel = tuple[str, str, Callable[[Point], float | None]]
@@ -125,22 +126,24 @@ def as_html(points: Sequence[Point], title: str = "Sweep") -> str:
 
 
 def as_svg(points: Sequence[Point], label: str, get: Callable[[Point], float | None]) -> str:
-    """One panel: L0 to the right, the measure upwards, both linear from zero."""
-    known = [p for p in points if get(p) is not None]
+    """One panel: L0 to the right, the measure upwards, both linear from zero or, where there are such, from below."""
+    known = _known(points, get)
     width, height, left, bottom = 520, 340, 62, 46
-    top_x, top_y = _above(max(p.l0 for p in known)), _above(max(get(p) or 0.0 for p in known))
+    across, up = _ticks([p.l0 for p in known]), _ticks([get(p) or 0.0 for p in known])
+
+    def place(l0: float, value: float) -> tuple[float, float]:
+        x = left + (width - left - 14) * (l0 - across[0]) / (across[-1] - across[0])
+        return x, (height - bottom) - (height - bottom - 14) * (value - up[0]) / (up[-1] - up[0])
 
     def at(p: Point) -> tuple[float, float]:
-        x = left + (width - left - 14) * p.l0 / top_x
-        return x, (height - bottom) - (height - bottom - 14) * (get(p) or 0.0) / top_y
+        return place(p.l0, get(p) or 0.0)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" font-family="sans-serif">']
-    for i in range(6):
-        x = left + (width - left - 14) * i / 5
-        y = (height - bottom) - (height - bottom - 14) * i / 5
+    for tick in up:
+        y = place(0.0, tick)[1]
         parts.append(f'<line x1="{left}" x2="{width - 14}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e3e8ee"/>')
-        parts.append(_text(left - 8, y + 4, f"{top_y * i / 5:.3g}", "end"))
-        parts.append(_text(x, height - bottom + 18, f"{top_x * i / 5:g}", "middle"))
+        parts.append(_text(left - 8, y + 4, f"{tick:.3g}", "end"))
+    parts += [_text(place(tick, 0.0)[0], height - bottom + 18, f"{tick:g}", "middle") for tick in across]
     parts.append(_text((width + left) / 2, height - 8, "L0, active latents per token", "middle"))
     parts.append(f'<g transform="translate(14 {height / 2}) rotate(-90)">{_text(0, 0, label, "middle")}</g>')
     colours = _colours(points)
@@ -163,15 +166,23 @@ def _text(x: float | int, y: float | int, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="12" fill="#51606f" text-anchor="{anchor}">{text}</text>'
 
 
+def _known(points: Sequence[Point], get: Callable[[Point], float | None]) -> list[Point]:
+    """Those that can be drawn."""
+    return [p for p in points if (value := get(p)) is not None and math.isfinite(value) and math.isfinite(p.l0)]
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Some five round steps from zero or the smallest value to the largest; zero is always among them."""
+    low, high = min([0.0, *values]), max([0.0, *values])
+    step = _above(high / 5 - low / 5)
+    return [step * i for i in range(math.floor(low / step), max(1, math.ceil(high / step)) + 1)]
+
+
 def _above(value: float) -> float:
-    """A round number not below ``value``."""
-    if value <= 0:
+    """A round number not below ``value``; 1 where there is none."""
+    if not 1e-300 < value < math.inf:
         return 1.0
-    power = (
-        10.0 ** (len(str(int(value))) - 1)
-        if value >= 1
-        else 10.0 ** -next(i for i in range(1, 20) if value * 10**i >= 1)
-    )
+    power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0) if step * power >= value)
 
 
@@ -181,13 +192,14 @@ def as_png(path: Path, points: Sequence[Point], title: str = "Sweep") -> Path:
     panels = _panels(points)
     figure = figures.Figure(figsize=(6.4 * len(panels), 4.6), layout="constrained")
     for (_, label, get), axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-        for name, group in _groups([p for p in points if get(p) is not None]).items():
+        known = _known(points, get)
+        for name, group in _groups(known).items():
             colour, front = _colours(points)[name], pareto(group, get)
             axes.plot([p.l0 for p in front], [get(p) for p in front], color=colour, label=name)
             for p in group:
                 axes.plot(p.l0, get(p), "o", color=colour, markerfacecolor=colour if p in front else "white")
-        most_x, most_y = max(p.l0 for p in points), max(get(p) or 0.0 for p in points)
-        limits = {"xlim": (0, 1.08 * most_x or 1), "ylim": (0, 1.08 * most_y or 1)}
+        across, up = [0.0, *(p.l0 for p in known)], [0.0, *(get(p) or 0.0 for p in known)]
+        limits = {"xlim": (0, 1.08 * max(across) or 1), "ylim": (1.08 * min(up), 1.08 * max(up) or 1)}
         axes.set(xlabel="L0, active latents per token", ylabel=label, **limits)
         axes.grid(color="#e3e8ee")
     figure.axes[0].legend(fontsize=8, frameon=False)

@@ -7,7 +7,9 @@ Notable:
 - initial weights are a function of each config's seed, the order of the rows of the first config's.
 """
 
+import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,24 +20,29 @@ import torch
 
 from gemscope.artifacts.config import AnyDictionary
 from gemscope.core.errors import InputError
+from gemscope.core.files import recover
 from gemscope.core.sites import Site
+from gemscope.core.tensor_files import is_finite
 from gemscope.dictionaries.base import Dictionary
 from gemscope.dictionaries.single import SingleLayer
 from gemscope.training import checkpoint
 from gemscope.training.checkpoint import Checkpoint
 from gemscope.training.config import MULTI_LAYER, TrainConfig
-from gemscope.training.data import ActivationSource, BatchReader, first_rows
+from gemscope.training.data import ActivationSource, BatchReader, NamedSource, first_rows
 from gemscope.training.learner import Learner, Rows, StepResult
 from gemscope.training.log import JsonLines, Log
 from gemscope.training.multilayer import MultiLayerConfig, MultiLayerLearner
 from gemscope.training.sharding import ALONE, Mesh
 from gemscope.training.single import SingleLayerLearner
-from gemscope.training.stopping import Stop, stopping
+from gemscope.training.stopping import Stop, obey, stopping
 
 Evaluate = Callable[[TrainConfig, Dictionary], Mapping[str, Any]]
 """Held-out evaluation of a dictionary for raw activations, given by the caller; plain JSON values."""
 
 _log = logging.getLogger(__name__)
+
+_IDENTIFYING = 256
+"""Rows of each site that tell a source from others."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,14 @@ class TrainSummary:
     """Fraction of variance unexplained on the last batch, before the final calibration."""
     l0: float
     """Mean active latents per row of the last batch, before the final calibration."""
+    l0_train: float
+    """Mean active latents per row as training left it, before the final calibration (``Learner.finished``)."""
     l0_finished: float
     """The same of the finished dictionary, on the calibration rows."""
     dead_fraction: float
     """Share of the latents that were not active in the last ``config.dead_after_rows`` rows."""
+    warnings: tuple[str, ...]
+    """What the user should know about how it went."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -108,8 +119,8 @@ class Trained:
     """Unique in its pass."""
 
 
-Export = Callable[[int, Sequence[Trained]], None]
-"""Takes the dictionaries as they stand after so many updates."""
+Export = Callable[[int, Trained], None]
+"""Takes a dictionary as it stands after so many updates."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ class Keeping:
     every: int = 1000
     """Updates between checkpoints; one more is written on Ctrl-C, on SIGTERM and at the end."""
     export: Export | None = None
-    """Called at every checkpoint."""
+    """Called with each dictionary in turn at every checkpoint."""
     evaluate_every: int | None = None
     """Updates between held-out evaluations; None means at the end only."""
     logs: tuple[Log, ...] = ()
@@ -133,9 +144,14 @@ class Keeping:
         return self.folder / "checkpoint"
 
     @property
+    def log(self) -> Path:
+        """The file that every report goes to."""
+        return self.folder / "log.jsonl"
+
+    @property
     def all_logs(self) -> tuple[Log, ...]:
         """Every log."""
-        return (JsonLines(self.folder / "log.jsonl"), *self.logs)
+        return (JsonLines(self.log), *self.logs)
 
 
 @dataclass
@@ -149,6 +165,8 @@ class _Pass:
     calibration: Rows
     rows: int
     keep: Keeping | None
+    inputs: Mapping[str, str | None]
+    """What tells the rows and the first weights from others."""
     logs: tuple[Log, ...]
     evaluate: Evaluate | None
     progress: Callable[[Progress], None] | None
@@ -159,8 +177,10 @@ class _Pass:
     seconds: float = 0.0
     """Before this process."""
     started: float = field(default_factory=time.perf_counter)
+    latest: Sequence[StepResult] = ()
+    """Of the last update, on the device; none before the first in this process."""
     results: list[tuple[float, float, float]] = field(default_factory=list[tuple[float, float, float]])
-    """Loss, FVU and L0 of the last update that was reported."""
+    """Loss, FVU and L0 of the last update that ``_measure`` looked at."""
 
     @property
     def total(self) -> int:
@@ -189,27 +209,31 @@ def train(
     ``start`` gives the dictionaries (for raw activations) that some configs, by their place, begin from. Thresholds are
     calibrated on ``heldout`` rows if there are any, else on training rows. With ``mesh`` every process calls this with
     the same arguments; only the first writes and reports. Raises InputError when the configs disagree on the pass they
-    share, when there are too few rows, or when an objective stops being finite; KeyboardInterrupt and SystemExit after
-    the checkpoint of a stopped run is written.
+    share, when there are too few rows, when ``keep`` has a run on other rows or from other weights, or when training
+    stops being finite; KeyboardInterrupt and SystemExit after the checkpoint of a stopped run is written.
     """
-    shared = _shared(configs)
+    shared = _shared(configs, mesh)
     batch_size, seed, calibration_rows = shared.batch_size, shared.seed, shared.calibration_rows
     device = device or torch.device("cpu")
     sites = list(dict.fromkeys(site for config in configs for site in config.sites))
     reader = BatchReader(data, sites, batch_size, seed)
-    first = _on(first_rows(data, sites, calibration_rows, batch_size, seed), device)
+    rows = first_rows(data, sites, calibration_rows, batch_size, seed)
+    others = None if heldout is None else first_rows(heldout, sites, calibration_rows, batch_size, seed)
+    first = _on(rows, device)
     learners = [make_learner(c, first, (start or {}).get(i), mesh) for i, c in enumerate(configs)]
-    later = first
-    if heldout is not None:
-        later = _on(first_rows(heldout, sites, calibration_rows, batch_size, seed), device)
     run = _Pass(
         configs=configs,
         names=names_of(configs),
         learners=learners,
         reader=reader,
-        calibration=later,
+        calibration=first if others is None else _on(others, device),
         rows=data.rows,
         keep=keep,
+        inputs={
+            "rows": _identity(data, rows),
+            "held-out rows": None if heldout is None or others is None else _identity(heldout, others),
+            "first weights": _identity_of_weights(start or {}),
+        },
         logs=() if keep is None or not mesh.is_first else keep.all_logs,
         evaluate=evaluate,
         progress=progress if mesh.is_first else None,
@@ -256,8 +280,22 @@ def _on(rows: Mapping[Site, torch.Tensor], device: torch.device) -> dict[Site, t
     return {site: x.to(device) for site, x in rows.items()}
 
 
-def _shared(configs: Sequence[TrainConfig]) -> TrainConfig:
-    """The first config; raises InputError when the others disagree with it on what a pass shares."""
+def _identity(data: ActivationSource, rows: Rows) -> str:
+    """The source's own name for its rows, else their number and a hash of the first ones of each site."""
+    if isinstance(data, NamedSource):
+        return data.identity
+    return f"{data.rows} {checkpoint.hash_of(x[:_IDENTIFYING] for x in rows.values())}"
+
+
+def _identity_of_weights(start: Mapping[int, Dictionary]) -> str | None:
+    found = {str(place): checkpoint.hash_of(one.parameters()) for place, one in start.items()}
+    return json.dumps(found, sort_keys=True) if found else None
+
+
+def _shared(configs: Sequence[TrainConfig], mesh: Mesh) -> TrainConfig:
+    """The first config; raises InputError when the others disagree with it on what a pass shares, or when the processes
+    cannot share its batch.
+    """
     if not configs:
         raise InputError("no dictionary was asked for; give at least one TrainConfig.")
     shared = {(c.steps, c.batch_size, c.calibration_rows) for c in configs}
@@ -265,6 +303,10 @@ def _shared(configs: Sequence[TrainConfig]) -> TrainConfig:
         raise InputError(
             "the configs of one pass must agree on steps, batch_size and calibration_rows;"
             f" these have {sorted(shared)}: train them in separate calls."
+        )
+    if (size := configs[0].batch_size) % mesh.data:
+        raise InputError(
+            f"a batch of {size} rows cannot be spread evenly over {mesh.data} processes; use a multiple of {mesh.data}."
         )
     return configs[0]
 
@@ -277,7 +319,11 @@ def _resume(run: _Pass) -> None:
     """Go on where the checkpoint is, if there is one."""
     if run.keep is None:
         return
-    found = checkpoint.load(run.keep.checkpoint, _described(run))
+    if run.mesh.is_first:
+        recover(run.keep.checkpoint)
+        recover(run.keep.log)
+    run.mesh.wait()
+    found = checkpoint.load(run.keep.checkpoint, _described(run), run.inputs)
     step = 0 if found is None else found.step
     for log in run.logs:
         log.rewind(step)
@@ -295,44 +341,60 @@ def _go(run: _Pass, stop: Stop) -> None:
     keep = run.keep
     while run.step < run.total:
         batch = {site: x.to(run.device, torch.float32) for site, x in next(run.reader).items()}
-        results = [learner.update(batch, run.step) for learner in run.learners]
+        run.latest = [learner.update(batch, run.step) for learner in run.learners]
         run.step += 1
         is_last = run.step == run.total
-        if run.step % run.report_every == 0 or is_last or stop.signal is not None:
-            _report(run, results, quiet=run.step % run.report_every != 0 and not is_last)
+        if run.step % run.report_every == 0 or is_last:
+            _report(run)
         if keep is None:
             continue
         if keep.evaluate_every and run.step % keep.evaluate_every == 0 and not is_last:
             _evaluate(run)
-        if run.step % keep.every == 0 or is_last or _anyone(run.mesh, stop):
+        asked = _agreed(run.mesh, stop)
+        if asked is not None or run.step % keep.every == 0 or is_last:
             _save(run, keep)
-        stop.obey()
+        obey(asked)
+    obey(_agreed(run.mesh, stop))
 
 
-def _anyone(mesh: Mesh, stop: Stop) -> bool:
-    """Whether a signal reached this or another process; all of them then stop at the same step."""
-    if mesh.latents * mesh.data > 1:
-        stop.signal = mesh.highest(stop.signal or 0) or None
-    return stop.signal is not None
+def _agreed(mesh: Mesh, stop: Stop) -> int | None:
+    """The signal that reached this or another process; all of them then stop at the same step. Every process has to ask
+    at every step.
+    """
+    return mesh.highest(stop.signal or 0) or None
 
 
-def _report(run: _Pass, results: Sequence[StepResult], *, quiet: bool) -> None:
-    run.results = [(r.loss.item(), r.fvu.item(), r.l0.item()) for r in results]
+def _measure(run: _Pass) -> None:
+    """The last update as plain numbers; raises InputError when a loss is not finite."""
+    if run.latest:
+        run.results = [(r.loss.item(), r.fvu.item(), r.l0.item()) for r in run.latest]
     for config, (loss, _, _) in zip(run.configs, run.results, strict=True):
-        if not abs(loss) < float("inf"):
-            raise InputError(
-                f"training at {config.site} diverged: the loss is {loss} after {run.step} steps; lower"
-                " learning_rate, or look for NaN in the activations."
-            )
-    if quiet:
-        return
+        if not math.isfinite(loss):
+            raise _diverged(run, config, f"the loss is {loss}")
+
+
+def _diverged(run: _Pass, config: TrainConfig, how: str) -> InputError:
+    return InputError(
+        f"training at {config.site} diverged: {how} after {run.step} steps; lower learning_rate, or look for NaN in the"
+        " activations."
+    )
+
+
+def _report(run: _Pass) -> None:
+    _measure(run)
+    warned = [learner.warnings() for learner in run.learners]
+    lines: dict[str, dict[str, Any]] = {}
+    for name, last, now, warnings in zip(run.names, run.results, run.latest, warned, strict=True):
+        lines[name] = dict(zip(("loss", "fvu", "l0"), last, strict=True))
+        lines[name]["terms"] = {term: value.item() for term, value in now.terms.items()}
+        if warnings:
+            lines[name]["warnings"] = list(warnings)
     for log in run.logs:
-        pairs = zip(run.names, run.results, strict=True)
-        log.write(run.step, {name: dict(zip(("loss", "fvu", "l0"), r, strict=True)) for name, r in pairs})
+        log.write(run.step, lines)
     if run.progress is not None:
         loss, fvu, l0 = (tuple(r[i] for r in run.results) for i in range(3))
         rate = run.step * run.configs[0].batch_size / max(run.elapsed, 1e-9)
-        said = [f"{n}: {w}" for n, learner in zip(run.names, run.learners, strict=True) for w in learner.warnings()]
+        said = [f"{name}: {text}" for name, texts in zip(run.names, warned, strict=True) for text in texts]
         run.progress(Progress(run.step, run.total, loss, fvu, l0, rate, run.configs[0].batch_size, tuple(said)))
 
 
@@ -340,33 +402,48 @@ def _evaluate(run: _Pass) -> None:
     """The held-out measures of every dictionary as it stands, into the logs."""
     if run.evaluate is None:
         return
+    _measure(run)
     measured = {trained.name: {"evaluation": trained.evaluation} for trained in _finished(run, run.evaluate)}
     for log in run.logs:
         log.write(run.step, measured)
 
 
 def _save(run: _Pass, keep: Keeping) -> None:
-    states = [learner.state_dict() for learner in run.learners]
-    exported = _finished(run, None) if keep.export is not None else []
-    if run.mesh.is_first:
-        position, described = run.reader.position(), _described(run)
-        state = Checkpoint(run.step, described, position, states, run.elapsed, [list(r) for r in run.results])
-        checkpoint.save(keep.checkpoint, state)
-        if keep.export is not None:
-            keep.export(run.step, exported)
+    """Checkpoint, then the dictionaries one by one: what one of them takes is given back before the next."""
+    _measure(run)
+    _write_checkpoint(run, keep)
+    for number in range(len(run.learners)):
+        _export(run, keep, number)
     run.mesh.wait()
 
 
+def _write_checkpoint(run: _Pass, keep: Keeping) -> None:
+    """Raises InputError when a weight or a moment is not finite; what was kept before then stays."""
+    states = [learner.state_dict() for learner in run.learners]
+    for config, state in zip(run.configs, states, strict=True):
+        for name, tensor in checkpoint.tensors_of(state).items():
+            if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
+                raise _diverged(run, config, f"its {name} is not finite")
+    if run.mesh.is_first:
+        position, last = run.reader.position(), [list(r) for r in run.results]
+        state = Checkpoint(run.step, _described(run), run.inputs, position, states, run.elapsed, last)
+        checkpoint.save(keep.checkpoint, state)
+
+
+def _export(run: _Pass, keep: Keeping, number: int) -> None:
+    if keep.export is None:
+        return
+    one = _finish(run, number, None)
+    if run.mesh.is_first:
+        keep.export(run.step, one)
+
+
 def _finished(run: _Pass, evaluate: Evaluate | None) -> list[Trained]:
-    return [
-        _finish(run, learner, name, result, evaluate)
-        for learner, name, result in zip(run.learners, run.names, run.results, strict=True)
-    ]
+    return [_finish(run, number, evaluate) for number in range(len(run.learners))]
 
 
-def _finish(
-    run: _Pass, learner: Learner, name: str, last: tuple[float, float, float], evaluate: Evaluate | None
-) -> Trained:
+def _finish(run: _Pass, number: int, evaluate: Evaluate | None) -> Trained:
+    learner, name, last = run.learners[number], run.names[number], run.results[number]
     config = learner.config
     dictionary, numbers = learner.finished(run.calibration)
     summary = TrainSummary(
@@ -380,8 +457,10 @@ def _finish(
         loss=last[0],
         fvu=last[1],
         l0=last[2],
+        l0_train=numbers["l0_train"],
         l0_finished=numbers["l0"],
         dead_fraction=numbers["dead_fraction"],
+        warnings=learner.warnings(),
     )
     _log.info("%s: L0 %.1f, FVU %.3f, thresholds x %.3f", name, summary.l0, summary.fvu, summary.threshold_factor)
     measured = evaluate(config, dictionary) if evaluate is not None and run.mesh.is_first else None

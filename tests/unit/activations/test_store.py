@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -20,7 +21,7 @@ from gemscope.core.errors import FormatError, InputError
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
 from gemscope.training.data import SeekableSource
-from gemscope.training.trainer import train
+from gemscope.training.trainer import Keeping, train
 from unit.activations import small
 
 READING = Reading(block_rows=32, open_shards=2, pool_rows=400)
@@ -221,3 +222,29 @@ def test_a_store_without_a_row_gives_no_batch(tmp_path):
     held = empty.split(1e-9)[1]
     assert held.rows == 0
     assert list(held.batches(held.sites, 8)) == []
+
+
+def test_training_goes_on_wherever_the_same_rows_are(folder, tmp_path):
+    """In a folder that was moved, behind a URL, from a model that is run meanwhile; a live run knows its texts."""
+    config = TrainConfig(Site("resid_post", 2), d_sae=32, target_l0=4.0, steps=4, batch_size=64, calibration_rows=100)
+
+    def bits(rows, keep):
+        train_rows, held = rows.split(0.3)
+        (done,) = train(train_rows, [config], keep=keep, heldout=held)
+        return list(done.dictionary.parameters())
+
+    keep, moved = Keeping(tmp_path / "run"), tmp_path / "moved"
+    first = bits(Store.open(folder), keep)
+    shutil.copytree(folder, moved)
+    for place in (moved, f"file://{moved}"):
+        assert all(map(torch.equal, bits(Store.open(place, cache=tmp_path / "cache"), keep), first))
+    with pytest.raises(InputError, match="other rows and held-out rows"):
+        train(Store.open(folder).split(0.2)[0], [config], keep=keep)
+
+    def live(words: int) -> LiveActivations:
+        return LiveActivations.of(small.model(), small.corpus(words), small.CONFIG)
+
+    keep = Keeping(tmp_path / "live")
+    assert all(map(torch.equal, bits(live(150), keep), bits(live(150), keep)))
+    with pytest.raises(InputError, match="other rows and held-out rows"):
+        bits(live(149), keep)

@@ -58,6 +58,37 @@ def test_a_whole_folder_takes_the_place_of_the_old_one(tmp_path: Path):
     assert names(tmp_path) == ["f"]
 
 
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, rename = tmp_path / "f", Path.rename
+    with files.atomic_folder(path) as temporary:
+        (temporary / "old").write_text("")
+
+    def renamed(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(KeyboardInterrupt), files.atomic_folder(path) as temporary:
+        (temporary / "new").write_text("")
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["f"]
+
+
+def test_what_a_kill_left_is_settled(tmp_path: Path):
+    """The older one goes back only where nothing took its place; what belongs to other names is not touched."""
+    for name in (".f.abcdefg1.old", ".f.abcdefg1.tmp", ".g.abcdefg2.old", ".f.no2.abcdefg3.old", ".f.tmp", "g"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".f.abcdefg1.old" / "a").write_text("old")
+    (tmp_path / ".g.abcdefg4.tmp").write_text("half")
+    for _ in range(2):
+        files.recover(tmp_path / "f")
+        files.recover(tmp_path / "g")
+    files.recover(tmp_path / "nothing" / "here")
+    assert (tmp_path / "f" / "a").read_text() == "old"
+    assert names(tmp_path) == [".f.no2.abcdefg3.old", ".f.tmp", "f", "g"]
+
+
 def test_a_full_disk_is_one_sentence(tmp_path: Path):
     with pytest.raises(StorageError, match="disk is full") as error, files.atomic_path(tmp_path / "x"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

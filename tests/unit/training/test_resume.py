@@ -101,7 +101,7 @@ def bits(done: list[Trained]) -> list[torch.Tensor]:
 def test_every_checkpoint_exports_dictionaries_for_raw_activations(tmp_path: Path) -> None:
     """What is exported at a checkpoint is what training saw, in raw units: its FVU is that of the training step."""
     seen: dict[int, list[Trained]] = {}
-    keep = Keeping(tmp_path, every=20, export=lambda step, done: seen.__setitem__(step, list(done)))
+    keep = Keeping(tmp_path, every=20, export=lambda step, one: seen.setdefault(step, []).append(one))
     data = source()
     steady = [replace(c, first_l0_factor=1.0) for c in configs()]
     final = train(data, steady, keep=keep)
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_another_configuration_or_damaged_is_refused(tmp_path: P
 def test_random_states_are_part_of_a_checkpoint(tmp_path: Path) -> None:
     import numpy as np
 
-    state = checkpoint.Checkpoint(1, [], {"epoch": 0, "batch": 1}, [{"a": (1, None, [0.1])}], 0.0, [])
+    state = checkpoint.Checkpoint(1, [], {}, {"epoch": 0, "batch": 1}, [{"a": (1, None, [0.1])}], 0.0, [])
     checkpoint.save(tmp_path / "c", state)
     drawn = float(np.random.rand()), torch.rand(3).tolist()  # Python's own generator is used by the type checks here
     found = checkpoint.load(tmp_path / "c", [])

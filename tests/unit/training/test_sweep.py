@@ -1,13 +1,15 @@
 """Pareto fronts, and a report that shows them without a network."""
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gemscope.core.errors import InputError
-from gemscope.training.sweep import Point, as_html, pareto, write_report
+from gemscope.training.sweep import Point, as_html, as_png, as_svg, pareto, write_report
 
 
 def points() -> list[Point]:
@@ -49,6 +51,49 @@ def test_all_points_lie_inside_the_panel() -> None:
     for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', page):
         assert 62 <= float(x) <= 506
         assert 14 <= float(y) <= 294
+
+
+def test_a_loss_below_zero_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dictionary that helps the model a little; the axis begins below it, with zero among its marks."""
+    found = [Point(f"{i}", "sae", "p", 8, 10.0 + i, 0.5, loss) for i, loss in enumerate((0.02, -0.03, 0.0))]
+    svg = as_svg(found, "loss", lambda p: p.delta_loss)
+    high, low, zero = (float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([-\d.]+)"', svg))
+    marks = {float(label): float(y) - 4 for y, label in re.findall(r'y="([\d.]+)"[^>]*text-anchor="end">([^<]+)', svg)}
+    assert (min(marks), max(marks)) == (-0.03, 0.02)
+    assert 14 <= high < zero < low <= 294
+    assert (marks[0.02], marks[0.0], marks[-0.03]) == pytest.approx((high, zero, low), abs=0.11)
+
+    figure = pytest.importorskip("matplotlib.figure", reason="the extra 'plot' is not installed").Figure
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    as_png(tmp_path / "report.png", found)
+    bottom, top = drawn[0].axes[1].get_ylim()
+    assert bottom < -0.03
+    assert top > 0.02
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-21, 5e-324, 1e30, 0.0, -1.0])
+def test_any_number_can_be_reported(value: float, tmp_path: Path) -> None:
+    """What is not finite is not drawn; the rest is, inside the panel."""
+    found = [Point("a", "sae", "p", 8, 10.0, value), Point("b", "sae", "p", 8, 20.0, 0.5)]
+    svg = as_svg(found, "FVU", lambda p: p.fvu)
+    places = re.findall(r'<circle cx="([^"]+)" cy="([^"]+)"', svg)
+    assert len(places) == (2 if math.isfinite(value) else 1)
+    assert all(62 <= float(x) <= 506 and 14 <= float(y) <= 294 for x, y in places)
+    assert as_svg(found[:1], "FVU", lambda p: p.fvu).count("<circle") == len(places) - 1
+    assert as_png(tmp_path / "report.png", found).read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("value", [0.9, 1.0, 1.01, 7.3e-21, 0.001, 999.0, 1e308])
+def test_axes_end_at_a_round_number_above_all(value: float) -> None:
+    labels = [float(x) for x in re.findall(r'text-anchor="end">([^<]+)', as_svg([point(value)], "", lambda p: p.fvu))]
+    assert labels[0] == 0
+    assert value * 0.999 <= labels[-1] <= 2 * value
+    assert 4 <= len(labels) <= 7
+
+
+def point(value: float) -> Point:
+    return Point("a", "sae", "p", 8, 10.0, value)
 
 
 def test_no_dictionary_no_report(tmp_path: Path) -> None:
