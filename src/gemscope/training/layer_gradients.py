@@ -17,7 +17,6 @@ The second and fourth are JumpReLU's, the last TopK's and BatchTopK's, whose lat
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -231,12 +230,7 @@ def _through_encoders(
     """The sparsity terms, and everything that reaches encoders and thresholds; the mean L0 and the terms."""
     rows = len(x[0]) * mesh.data
     mean_l0, grad_pre, grad_threshold, named = _sparsity(codes, grad_acts, terms, rows, mesh)
-    if terms.dead and codes.threshold is not None:
-        above = codes.pre_acts - codes.threshold[codes.support.latents]
-        drawn = codes.dead[codes.support.latents] & (above > 0)
-        named["dead"] = mesh.sum_over_data(terms.dead * (above * drawn).sum() / rows)
-        grad_pre = grad_pre + drawn * (terms.dead / rows)
-        grad_threshold = cast(Tensor, grad_threshold) - drawn * (terms.dead / rows)
+    drawn = grad_acts.new_zeros(())
     for layer, part in enumerate(parts):
         found = {
             f"W_enc.{layer}": times_rows(part.flat, grad_pre[part.at], x[layer]),
@@ -244,12 +238,12 @@ def _through_encoders(
         }
         if grad_threshold is not None:
             found[f"threshold.{layer}"] = _added(part, grad_threshold, layers.d_sae)
-        if "dead" in named:
-            named["dead"] = named["dead"] + _below(layers, layer, x[layer], codes, terms.dead / rows, found, mesh)
+        if terms.dead and codes.threshold is not None:
+            drawn = drawn + _draw(layers, layer, x[layer], codes, terms.dead / rows, found, mesh)
         for name, gradient in found.items():
             apply(name, gradient)
-    if "dead" in named:
-        named["dead"] = mesh.sum_over_latents(named["dead"])
+    if terms.dead and codes.threshold is not None:
+        named["dead"] = mesh.sum_over_latents(drawn)
     return mean_l0, named
 
 
@@ -289,10 +283,10 @@ def _frequency(
     return mesh.sum_over_latents(penalty), slope[support.latents]
 
 
-def _below(
+def _draw(
     layers: Layers, layer: int, x: Tensor, codes: Codes, weight: float, found: Mapping[str, Tensor], mesh: Mesh
 ) -> Tensor | float:
-    """The dead latents' term where it is linear, over all rows at once; adds its gradients to ``found``."""
+    """The dead latents' term, over all rows at once, for none is active on any; adds its gradients to ``found``."""
     assert codes.threshold is not None
     which = codes.dead.view(layers.n, -1)[layer].nonzero()[:, 0]
     if not len(which):
