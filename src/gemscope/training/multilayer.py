@@ -100,17 +100,16 @@ class MultiLayerLearner:
             for layer, rows in enumerate(x)
         ]
         thresholds = [threshold for threshold, _ in found]
-        self.level = float(torch.cat(thresholds).mean())
-        variance = torch.tensor(sum(scale**2 for _, scale in found) / self.n, device=self.device)
-        self.pre_scale = float(self.mesh.sum_over_latents(variance) / self.mesh.latents) ** 0.5
+        self.level = self.mesh.mean_over_latents(float(torch.cat(thresholds).mean()))
+        self.pre_scale = self.mesh.mean_over_latents(sum(scale**2 for _, scale in found) / self.n) ** 0.5
         self.bandwidth = config.bandwidth * self.pre_scale
         if config.activation == "jumprelu":
             for layer, threshold in enumerate(thresholds):
                 weights.setdefault(f"threshold.{layer}", threshold)
         if has_start and config.activation == "jumprelu":
             support, _ = select(torch.stack(x, dim=1), slices(self.layers, self._thresholds()), self.n * self.width)
-            l0 = self.mesh.sum_over_latents(torch.tensor(float(len(support.rows)), device=self.device)) / len(x[0])
-            self.first_l0 = max(config.target_l0, float(l0))
+            l0 = self.mesh.mean_over_latents(len(support.rows) / len(x[0])) * self.mesh.latents
+            self.first_l0 = max(config.target_l0, l0)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -251,8 +250,8 @@ class MultiLayerLearner:
         """Go on from there, at any number of processes. Raises InputError for the state of another learner."""
         if "adam" not in state:
             raise InputError(
-                f"this checkpoint of a {self.config.kind} was written by a single process, whose trainer is another;"
-                " go on in one process, or give another folder."
+                f"this checkpoint of a {self.config.kind} was written by a single process, whose trainer is another; go"
+                " on in one, or give another folder."
             )
         for name, tensor in state["weights"].items():
             self.weights[name].copy_(self._mine(name, tensor))

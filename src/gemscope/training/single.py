@@ -21,6 +21,7 @@ import torch
 from torch.optim import Adam
 
 from gemscope.core.arrays import Tensor
+from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
 from gemscope.dictionaries.activations import jump_relu, step
 from gemscope.dictionaries.base import Dictionary
@@ -301,7 +302,14 @@ class SingleLayerLearner:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; the learner must have been built from the same config and calibration rows."""
+        """Go on from there; the learner must have been built from the same config and calibration rows. Raises
+        InputError for the state of another learner.
+        """
+        if "tables" not in state:
+            raise InputError(
+                f"this checkpoint of a {self.config.kind} was written by several processes, whose trainer is another; go"
+                " on in several, or give another folder."
+            )
         for name, tensor in self.weights.items():
             tensor.copy_(state["weights"][name])
         for name, table in self.tables.items():

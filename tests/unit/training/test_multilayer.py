@@ -10,7 +10,9 @@ from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
 from gemscope.dictionaries.activation import is_largest
 from gemscope.dictionaries.activations import jump_relu, step
+from gemscope.training.config import TrainConfig
 from gemscope.training.multilayer import MultiLayerConfig, MultiLayerLearner
+from gemscope.training.single import SingleLayerLearner
 
 N, D, D_OUT, F, B = 3, 10, 8, 12, 40
 READS = [Site("mlp_in", i) for i in range(N)]
@@ -290,3 +292,28 @@ def test_a_dictionary_of_another_size_is_no_start() -> None:
     dictionary, _ = MultiLayerLearner(config(), data).finished(data)
     with pytest.raises(InputError, match="same kind and size"):
         MultiLayerLearner(dataclasses.replace(config(), d_sae=16), data, start=dictionary)
+
+
+def test_the_state_of_the_other_learner_is_refused_in_one_sentence() -> None:
+    data = rows()
+    cfg = TrainConfig(READS[0], d_sae=F, target_l0=3.0, batch_size=B, calibration_rows=600)
+    one, several = SingleLayerLearner(cfg, data), MultiLayerLearner(cfg, data)
+    with pytest.raises(InputError, match="this checkpoint of a sae was written by a single process"):
+        several.load_state_dict(one.state_dict())
+    with pytest.raises(InputError, match="this checkpoint of a sae was written by several processes"):
+        one.load_state_dict(several.state_dict())
+
+
+def test_a_tied_dictionary_goes_on_tied() -> None:
+    """Taken up and finished without a step in between it is the same function, but for the scales of the new rows."""
+    data = rows()
+    learner = MultiLayerLearner(config(tied=True), data)
+    for done in range(5):
+        learner.update({s: v[done * B : (done + 1) * B] for s, v in data.items()}, done)
+    first, _ = learner.finished(data)
+    again = MultiLayerLearner(config(tied=True), data, start=first)
+    assert {name for name in again.weights if name.startswith("W_dec")} == {f"W_dec.{i}" for i in range(N)}
+    x = torch.stack([data[s] for s in READS], 1)
+    torch.testing.assert_close(again.finished(data)[0](x), first(x), rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="go on without 'tied'"):
+        MultiLayerLearner(config(tied=True), data, start=MultiLayerLearner(config(), data).finished(data)[0])
