@@ -307,8 +307,8 @@ class SingleLayerLearner:
         """
         if "tables" not in state:
             raise InputError(
-                f"this checkpoint of a {self.config.kind} was written by several processes, whose trainer is another; go"
-                " on in several, or give another folder."
+                f"this checkpoint of a {self.config.kind} was written by several processes, whose trainer is another;"
+                " go on in several, or give another folder."
             )
         for name, tensor in self.weights.items():
             tensor.copy_(state["weights"][name])
