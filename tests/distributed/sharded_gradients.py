@@ -90,7 +90,10 @@ def main(folder: Path) -> None:
     for latents in (2, 1):
         mesh = start(latents)
         found = {name: grad for case in CASES for name, grad in gradients(case, mesh).items()}
+        state = MultiLayerLearner(config("clt"), rows(), mesh=mesh).state_dict()
+        assert bool(state["weights"]) == mesh.is_first, "the other processes keep no whole weights"
         if mesh.is_first:
+            assert state["weights"]["W_dec.0.1"].shape == (F, 8)
             write_tensors(folder / f"{latents}.safetensors", found)
     stop()
 
