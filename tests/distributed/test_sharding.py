@@ -1,5 +1,5 @@
-"""Two gloo processes equal one, to 1e-5: latents sharded, rows sharded, every activation; and checkpoints that change
-the number of processes on the way.
+"""Two gloo processes equal one: every gradient to 1e-6, trained weights to 1e-5, latents sharded, rows sharded, every
+activation; and checkpoints that change the number of processes on the way.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distributed.sharded_gradients import CASES, gradients
 from distributed.sharded_run import configs, source, weights
 from gemscope.core.errors import InputError
 from gemscope.core.files import read_tensors
@@ -23,12 +24,12 @@ from gemscope.training.trainer import Keeping, train
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(folder: Path, latents: int, processes: int = 2) -> None:
+def torchrun(script: str, *arguments: object, processes: int = 2) -> None:
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    script = str(Path(__file__).with_name("sharded_run.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run([*command, script, str(folder), str(latents), "15"], env=environment, capture_output=True)
+    command += [str(Path(__file__).with_name(script)), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
@@ -49,9 +50,28 @@ def check(folder: Path, alone: tuple[Path, dict[str, torch.Tensor]]) -> None:
             assert one[name]["l0"] == pytest.approx(other[name]["l0"], rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def sharded_gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gradients")
+    torchrun("sharded_gradients.py", folder)
+    return folder
+
+
+@pytest.mark.parametrize("latents", [2, 1], ids=["latents sharded", "rows sharded"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_gradient_is_that_of_one_process(case: str, latents: int, sharded_gradients: Path) -> None:
+    """In float64, AuxK and dead latents included."""
+    found = read_tensors(sharded_gradients / f"{latents}.safetensors")
+    expected = gradients(case)
+    assert {name for name in found if name.startswith(f"{case}.")} == set(expected)
+    for name, tensor in expected.items():
+        assert tensor.norm() > 0, name
+        assert (found[name] - tensor).norm() <= 1e-6 * tensor.norm(), name
+
+
 @pytest.mark.parametrize("latents", [2, 1], ids=["latents sharded", "rows sharded"])
 def test_two_processes_equal_one(latents: int, alone: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
-    torchrun(tmp_path, latents)
+    torchrun("sharded_run.py", tmp_path, latents, 15)
     check(tmp_path, alone)
 
 
@@ -67,7 +87,7 @@ def test_a_checkpoint_goes_on_at_another_number_of_processes(
     with pytest.raises(Interrupted):
         train(source(), configs(), keep=Keeping(tmp_path, every=15, export=stop), report_every=1)
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 15
-    torchrun(tmp_path, 2)
+    torchrun("sharded_run.py", tmp_path, 2, 15)
     check(tmp_path, alone)
 
 

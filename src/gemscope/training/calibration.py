@@ -1,14 +1,21 @@
 """Thresholds from quantiles: every latent starts alive, and the finished mean L0 is the target's."""
 
+from dataclasses import replace
+
 import torch
 
 from gemscope.core.arrays import Float, Tensor
+from gemscope.dictionaries.base import Dictionary
 from gemscope.dictionaries.screening import top_of_batch
-from gemscope.dictionaries.single import SingleLayer
-from gemscope.dictionaries.sparse import encode_above
+from gemscope.dictionaries.sparse import select
+
+Rows = Float[Tensor, "rows d_in"] | Float[Tensor, "rows positions d_in"]
+"""What a dictionary reads; of several layers with their axis."""
 
 _LATENTS = 1024
 """Latents whose pre-activations on all calibration rows are held at a time."""
+_ENTRIES = 1 << 26
+"""Pre-activations of the rows whose entries are found at a time."""
 
 
 def first_thresholds(
@@ -32,28 +39,36 @@ def first_thresholds(
     return torch.cat(thresholds).clamp(min=0), torch.cat(variances).mean().sqrt().item()
 
 
+def thresholds(dictionary: Dictionary) -> list[Float[Tensor, " d_sae"]]:
+    """Those of every position; none where the activation has no thresholds."""
+    found = [_encoder(dictionary, position)[2] for position in range(dictionary.n_positions)]
+    return [threshold for threshold in found if threshold is not None]
+
+
+def mean_l0(dictionary: Dictionary, x: Rows) -> float:
+    """Active latents per row, of all positions together, in the mean."""
+    return sum(len(dictionary.codes(part)[1]) for part in _by_position(dictionary, x).split(4096)) / len(x)
+
+
 def threshold_factor(
-    sae: SingleLayer,
-    x: Float[Tensor, "rows d_in"],
-    target_l0: float,
-    least: Float[Tensor, " d_sae"] | None = None,
+    dictionary: Dictionary, x: Rows, target_l0: float, least: Float[Tensor, " latents"] | None = None
 ) -> float:
-    """The factor on all thresholds that gives ``sae`` the mean L0 ``target_l0`` on ``x``, where none falls below
-    ``least``.
+    """The factor on all thresholds that gives ``dictionary`` the mean L0 ``target_l0`` on ``x``, where none falls below
+    ``least``, which is of all positions in turn.
 
     It is a quantile: an entry stays active while its pre-activation exceeds factor * threshold, so the factor
     lies between the two ratios pre_act / threshold around the (rows * target_l0)-th largest. One number
     fitted on thousands of rows cannot overfit; on new rows the mean L0 differs by its standard error. 1 when
     no factor can reach the target (a latent with threshold 0 is active wherever it is positive).
     """
-    assert sae.threshold is not None
+    threshold = torch.cat(thresholds(dictionary))
     wanted = round(len(x) * target_l0)
+    parts = _by_position(dictionary, x).split(max(1, _ENTRIES // len(threshold)))
     for floor in (0.5, 0.125, 0.0):
-        floors = sae.threshold * floor
+        floors = threshold * floor
         floors = floors if least is None else torch.maximum(floors, least)
-        support, values = encode_above(x, sae.W_enc, sae.b_enc, floors)
-        if len(values) > wanted:
-            ratios = values / sae.threshold[support.latents]
+        ratios = torch.cat([_ratios(dictionary, part, threshold, floors) for part in parts])
+        if len(ratios) > wanted:
             around = torch.topk(ratios, wanted + 1)[0][-2:]
             factor = around.double().mean().item()
             return factor if factor < float("inf") else 1.0
@@ -65,31 +80,54 @@ _ROOM = 0.9
 
 
 @torch.no_grad()
-def set_thresholds(
-    sae: SingleLayer, x: Float[Tensor, "rows d_in"], target_l0: float, limit: float | None = None
-) -> float:
+def set_thresholds(dictionary: Dictionary, x: Rows, target_l0: float, limit: float | None = None) -> float:
     """Multiply all thresholds by the factor that gives the mean L0 ``target_l0`` on ``x``; gives the factor.
 
     With ``limit`` no latent is then active on more than that share of ``x``: the threshold of one that would be is
     raised to where it is, and the others make up for it.
     """
-    assert sae.threshold is not None
-    before, least, most = sae.threshold.clone(), torch.zeros_like(sae.threshold), int(_ROOM * (limit or 0) * len(x))
+    tables = thresholds(dictionary)
+    before = torch.cat(tables)
+    least, most = torch.zeros_like(before), int(_ROOM * (limit or 0) * len(x))
+
+    def put(values: Tensor) -> None:
+        for table, part in zip(tables, values.split(dictionary.d_sae), strict=True):
+            table.copy_(part)
+
     while True:
-        sae.threshold.copy_(before)
-        factor = threshold_factor(sae, x, target_l0, least)
-        sae.threshold.copy_(torch.maximum(before * factor, least))
+        put(before)
+        factor = threshold_factor(dictionary, x, target_l0, least)
+        put(torch.maximum(before * factor, least))
         if limit is None:
             return factor
         counts = torch.zeros_like(least, dtype=torch.int64)
-        for part in x.split(4096):
-            counts += torch.bincount(sae.encode_sparse(part)[0].latents, minlength=len(counts))
-        which = ((counts > most) & (least == 0)).nonzero()[:, 0]
-        if not len(which):
+        for part in _by_position(dictionary, x).split(4096):
+            counts += torch.bincount(dictionary.codes(part)[0].latents, minlength=len(counts))
+        which = (counts > most) & (least == 0)
+        if not which.any():
             return factor
-        for some in which.split(256):
-            pre_acts = torch.addmm(sae.b_enc[some], x, sae.W_enc[:, some])
-            least[some] = pre_acts.topk(most + 1, dim=0).values[-1].to(least.dtype)
+        for position, own in enumerate(which.split(dictionary.d_sae)):
+            W_enc, b_enc, _ = _encoder(dictionary, position)
+            for some in own.nonzero()[:, 0].split(256):
+                pre_acts = torch.addmm(b_enc[some], _by_position(dictionary, x)[:, position], W_enc[:, some])
+                highest = pre_acts.topk(most + 1, dim=0).values[-1]
+                least[position * dictionary.d_sae + some] = highest.to(least.dtype)
+
+
+def _ratios(dictionary: Dictionary, x: Tensor, threshold: Tensor, floors: Tensor) -> Float[Tensor, " entries"]:
+    """pre_act / threshold of every entry above its floor."""
+    every = dictionary._slices()  # pyright: ignore[reportPrivateUsage]  # the encoder, some latents at a time
+    slices = [replace(part, floor=floors[part.first : part.first + len(part.b_enc)]) for part in every]
+    support, values = select(x, slices, len(threshold))
+    return values / threshold[support.latents]
+
+
+def _encoder(dictionary: Dictionary, position: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    return dictionary._encoder(position)  # pyright: ignore[reportPrivateUsage]
+
+
+def _by_position(dictionary: Dictionary, x: Rows) -> Float[Tensor, "rows positions d_in"]:
+    return x.view(len(x), dictionary.n_positions, dictionary.d_in)
 
 
 def common_threshold(

@@ -12,6 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from gemscope.core.arrays import Float, Tensor
 from gemscope.training.config import TrainConfig
 
 _MEMORY = 0.98
@@ -32,6 +35,13 @@ _REACH = math.log(1e4)
 _OFF, _OFF_WEIGHT = 1.1, 1.25
 """Ratio to the target from which the L0 counts as missed; a weight acts slowly, and no more once learning rates have
 fallen."""
+_SMALL = 0.5
+"""Thresholds below this, in pre-activation scales, are moved as this one is: they can reach zero, and leave it."""
+_LIFT = 0.05
+"""Share by which a too frequent latent's threshold rises in one update: where its pre-activations lie beyond the
+estimator's window, the frequency penalty has no gradient."""
+_MARGIN = 0.8
+"""Share of ``frequency_scale`` from which a latent, on one batch, is too frequent."""
 
 
 class L0Control:
@@ -72,6 +82,24 @@ class L0Control:
         if done >= self.config.sparsity_warmup * self.config.steps:
             self.knob = max(-_REACH, min(_REACH, self.knob + _WEIGHT * ratio))
         return 1.0
+
+    @torch.no_grad()
+    def move(
+        self, threshold: Float[Tensor, " d_sae"], factor: float, frequency: Float[Tensor, " d_sae"], scale: float
+    ) -> None:
+        """Move thresholds by ``factor`` towards the target, in place, and those of too frequent latents upwards.
+
+        ``frequency`` is the share of the last batch's rows on which each latent was active, ``scale`` the
+        pre-activations'.
+        """
+        size = threshold.clamp(min=_SMALL * scale)
+        move = (factor - 1) * size
+        if self.config.frequency_weight > 0:
+            move = torch.where(
+                frequency > _MARGIN * self.config.frequency_scale, move.clamp(min=0) + _LIFT * size, move
+            )
+        threshold += move
+        threshold.clamp_(min=0)
 
     def warnings(self) -> tuple[str, ...]:
         """When the knob is at its end, or the L0 misses its target once the target stands still."""

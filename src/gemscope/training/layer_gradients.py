@@ -9,8 +9,10 @@ appendix D, has the dense form; Gao et al. 2024 the sparse products).
     sparsity  weight (2 / L) mean over rows of (l0 - L)^2, l0 over all layers (Gemma Scope 2, eq. 5)
     frequency weight sum over latents of p (1 + p / scale)
     dead      weight mean over rows of the sum over dead latents of relu(threshold - pre_act)
+    aux       weight sum over targets m, mean over rows, of ||y_m - recon_m - dead_recon_m||^2, recon_m a constant
 
-Gradients to thresholds are the straight-through estimates of ``dictionaries.activations``.
+The second and fourth are JumpReLU's, the last TopK's and BatchTopK's, whose latents are counted softly, by
+``tanh``, in the third. Gradients to thresholds are the straight-through estimates of ``dictionaries.activations``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +38,10 @@ class Terms:
     frequency: float
     frequency_scale: float
     dead: float
+    aux: float
     bandwidth: float
+    soft: float
+    """Slope at 0 of the ``tanh`` that counts a latent which has no threshold."""
     ste_to_input: bool = False
     prefixes: tuple[int, ...] = ()
     """Ascending numbers of first latents per layer, over all shards; the whole is added."""
@@ -49,11 +54,11 @@ class Codes:
     support: Support
     pre_acts: Float[Tensor, " entries"]
     active: Bool[Tensor, " entries"]
-    threshold: Float[Tensor, " entries"] | None
-    """At each entry; None where thresholds are not learned (TopK, BatchTopK)."""
     dead: Bool[Tensor, " latents"]
-    level: Float[Tensor, " latents"]
-    """What a dead latent's pre-activation is drawn to: its threshold, or the smallest active value."""
+    threshold: Float[Tensor, " latents"] | None
+    """None where thresholds are not learned (TopK, BatchTopK)."""
+    has_aux: bool = False
+    """Whether there are, without thresholds, entries that are not active: what AuxK takes of dead latents."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,15 @@ class Found:
 
 @dataclass(frozen=True)
 class _Part:
-    """The entries of one layer, by nested group and row: row ``group * batch + row`` of a taller matrix."""
+    """The entries of one layer, by row, and by nested group and row: row ``group * batch + row`` of a taller matrix."""
 
     at: Int[Tensor, " entries"]
     """Which of all entries they are."""
-    tall: Support
     flat: Support
-    """The same entries by row alone."""
+    tall_at: Int[Tensor, " entries"]
+    """The same in the order of ``tall``."""
+    tall: Support
+    """What AuxK takes is a group of its own, the last."""
 
 
 @dataclass(frozen=True)
@@ -94,24 +101,44 @@ class Layers:
         """Name of the decoder from ``source`` to ``target``."""
         return f"W_dec.{source}" if self.tied else f"W_dec.{source}.{target}"
 
+    def tables(self, source: int) -> list[Tensor]:
+        """All decoders from ``source``."""
+        targets = [source] if self.tied else range(source, self.n)
+        return [self.weights[self.table(source, target)] for target in targets]
+
+    def norms(self) -> list[Float[Tensor, " d_sae"]]:
+        """Norm of what each latent writes, over all targets; layer by layer."""
+        squares = [torch.stack([t.square().sum(1) for t in self.tables(layer)]).sum(0) for layer in range(self.n)]
+        times = [self.n - layer if self.tied else 1 for layer in range(self.n)]
+        return [(one * count).sqrt().clamp_min(1e-12) for one, count in zip(squares, times, strict=True)]
+
+    def divide(self, norms: Sequence[Float[Tensor, " d_sae"]]) -> None:
+        """Divide the rows of all decoders by the numbers of their latents, in place."""
+        for layer, size in enumerate(norms):
+            for table in self.tables(layer):
+                table /= size[:, None]
+
 
 def parts_of(codes: Codes, layers: Layers, prefixes: Sequence[int], mesh: Mesh) -> list[_Part]:
     """The entries, layer by layer."""
     support = codes.support
     owner = torch.div(support.latents, layers.d_sae, rounding_mode="floor")
+    bounds = torch.tensor(prefixes, device=owner.device)
     found: list[_Part] = []
     for layer in range(layers.n):
         at = (owner == layer).nonzero()[:, 0]
         latents, rows = support.latents[at] - layer * layers.d_sae, support.rows[at]
-        if prefixes:
-            bounds = torch.tensor(prefixes, device=latents.device)
-            group = torch.bucketize(latents * mesh.latents + mesh.shard, bounds, right=True)
-            order = torch.argsort(group, stable=True)
-            at, latents, rows, group = at[order], latents[order], rows[order], group[order]
-            tall = Support(group * support.batch + rows, latents, (len(prefixes) + 1) * support.batch, layers.d_sae)
-        else:
-            tall = Support(rows, latents, support.batch, layers.d_sae)
-        found.append(_Part(at, tall, Support(rows, latents, support.batch, layers.d_sae)))
+        flat = Support(rows, latents, support.batch, layers.d_sae)
+        if not prefixes and not codes.has_aux:
+            found.append(_Part(at, flat, at, flat))
+            continue
+        group = torch.bucketize(latents * mesh.latents + mesh.shard, bounds, right=True)
+        if codes.has_aux:
+            group = torch.where(codes.active[at], group, len(prefixes) + 1)
+        order = torch.argsort(group, stable=True)
+        tall_rows = (group * support.batch + rows)[order]
+        tall = Support(tall_rows, latents[order], (len(prefixes) + 1 + codes.has_aux) * support.batch, layers.d_sae)
+        found.append(_Part(at, flat, at[order], tall))
     return found
 
 
@@ -129,37 +156,42 @@ def gradients(
     ``x`` and ``y`` are this process's rows, scaled and centred as the encoder sees them.
     """
     parts = parts_of(codes, layers, terms.prefixes, mesh)
-    acts = codes.pre_acts * codes.active
+    acts = codes.pre_acts if codes.threshold is None else codes.pre_acts * codes.active
     grad_acts = torch.zeros_like(acts)
-    rows = len(x[0]) * mesh.data
+    rows, groups = len(x[0]) * mesh.data, len(terms.prefixes) + 1
     tables: dict[str, Tensor] = {}
-    loss = error = acts.new_zeros(())
+    loss = error = aux = acts.new_zeros(())
     for m in range(layers.n):
-        residuals = _residuals(layers, x[m], y[m], m, parts, acts, terms, mesh)
-        groups = len(residuals)
+        residuals = _residuals(layers, x[m], y[m], m, parts, acts, groups, mesh)
         squares = residuals.square().sum((1, 2)) / rows
-        loss, error = loss + squares.mean(), error + squares[-1]
-        grad = residuals * (2 / (rows * groups))
+        loss, error = loss + squares[:groups].mean(), error + squares[groups - 1]
+        aux = aux + terms.aux * squares[groups:].sum()
+        grad = residuals[:groups] * (2 / (rows * groups))
         whole = grad.sum(0)
         apply(f"b_dec.{m}", whole.sum(0))
         if f"W_skip.{m}" in layers.weights:
             apply(f"W_skip.{m}", x[m].T @ whole)
-        tall = grad.flip(0).cumsum(0).flip(0).flatten(0, 1).contiguous() if groups > 1 else grad[0]
+        grad = grad.flip(0).cumsum(0).flip(0) if groups > 1 else grad
+        if codes.has_aux:
+            grad = torch.cat([grad, residuals[groups:] * (2 * terms.aux / rows)])
+        tall = grad.flatten(0, 1)
         for source in range(m + 1):
             name, part = layers.table(source, m), parts[source]
             table = layers.on(layers.weights[name])
-            grad_acts[part.at] += dots(part.tall, tall, table)
-            gradient = times_rows(part.tall, acts[part.at], tall)
+            grad_acts[part.tall_at] += dots(part.tall, tall, table)
+            gradient = times_rows(part.tall, acts[part.tall_at], tall)
             if layers.tied:
                 tables[name] = gradient if name not in tables else tables[name].add_(gradient)
             else:
                 apply(name, gradient)
     for name, gradient in tables.items():
         apply(name, gradient)
-    loss, error = mesh.sum_over_data(loss), mesh.sum_over_data(error)
+    named = {"error": mesh.sum_over_data(loss)}
+    if codes.has_aux:
+        named["aux"] = mesh.sum_over_data(aux)
     l0, more = _through_encoders(layers, x, codes, parts, grad_acts, terms, apply, mesh)
-    named = {"error": loss, **more}
-    return Found(torch.stack(list(named.values())).sum(), error, l0, named)
+    named |= more
+    return Found(torch.stack(list(named.values())).sum(), mesh.sum_over_data(error), l0, named)
 
 
 def _residuals(
@@ -169,20 +201,20 @@ def _residuals(
     m: int,
     parts: Sequence[_Part],
     acts: Tensor,
-    terms: Terms,
+    groups: int,
     mesh: Mesh,
 ) -> Float[Tensor, "groups batch d_out"]:
-    """recon - y of every nested dictionary."""
-    groups = len(terms.prefixes) + 1
-    recon = y.new_zeros(groups * len(y), y.shape[1])
+    """recon - y of every nested dictionary; with AuxK one more, what its latents leave of the last."""
+    recon = y.new_zeros(parts[0].tall.batch, y.shape[1])
     for source in range(m + 1):
         table = layers.on(layers.weights[layers.table(source, m)])
-        recon += times_latents(parts[source].tall, acts[parts[source].at], table)
-    recon = mesh.sum_over_latents(recon).view(groups, *y.shape).cumsum(0)
+        recon += times_latents(parts[source].tall, acts[parts[source].tall_at], table)
+    recon = mesh.sum_over_latents(recon).view(-1, *y.shape)
     base = layers.weights[f"b_dec.{m}"] - y
     if (skip := layers.weights.get(f"W_skip.{m}")) is not None:
         base = base + x @ skip
-    return recon + base
+    nested = recon[:groups].cumsum(0) + base
+    return nested if len(nested) == len(recon) else torch.cat([nested, recon[groups:] + nested[-1]])
 
 
 def _through_encoders(
@@ -198,13 +230,7 @@ def _through_encoders(
     """The sparsity terms, and everything that reaches encoders and thresholds; the mean L0 and the terms."""
     rows = len(x[0]) * mesh.data
     mean_l0, grad_pre, grad_threshold, named = _sparsity(codes, grad_acts, terms, rows, mesh)
-    if terms.dead:
-        drawn = codes.dead[codes.support.latents] & (codes.pre_acts > codes.level[codes.support.latents])
-        gap = (codes.pre_acts - codes.level[codes.support.latents]) * drawn
-        named["dead"] = mesh.sum_over_data(terms.dead * gap.sum() / rows)
-        grad_pre = grad_pre + drawn * (terms.dead / rows)
-        if grad_threshold is not None:
-            grad_threshold = grad_threshold - drawn * (terms.dead / rows)
+    drawn = grad_acts.new_zeros(())
     for layer, part in enumerate(parts):
         found = {
             f"W_enc.{layer}": times_rows(part.flat, grad_pre[part.at], x[layer]),
@@ -212,12 +238,12 @@ def _through_encoders(
         }
         if grad_threshold is not None:
             found[f"threshold.{layer}"] = _added(part, grad_threshold, layers.d_sae)
-        if terms.dead:
-            named["dead"] = named["dead"] + _below(layers, layer, x[layer], codes, terms.dead / rows, found, mesh)
+        if terms.dead and codes.threshold is not None:
+            drawn = drawn + _draw(layers, layer, x[layer], codes, terms.dead / rows, found, mesh)
         for name, gradient in found.items():
             apply(name, gradient)
-    if "dead" in named:
-        named["dead"] = mesh.sum_over_latents(named["dead"])
+    if terms.dead and codes.threshold is not None:
+        named["dead"] = mesh.sum_over_latents(drawn)
     return mean_l0, named
 
 
@@ -227,29 +253,41 @@ def _sparsity(
     """The mean L0, the gradients at the entries' pre-activations and thresholds, and the terms."""
     support, counted = codes.support, codes.active.to(grad_acts.dtype)
     l0 = mesh.sum_over_latents(support.per_row(counted))
-    mean_l0 = mesh.sum_over_data(l0.sum() / rows)
+    mean_l0 = mesh.sum_over_data(l0.sum()) / rows
     named: dict[str, Tensor] = {}
-    grad_pre = grad_acts * codes.active
     if codes.threshold is None:
-        return mean_l0, grad_pre, None, named
+        if terms.frequency:
+            soft = (terms.soft * codes.pre_acts).tanh() * counted
+            named["frequency"], slope = _frequency(support, soft, terms, rows, mesh)
+            grad_acts = grad_acts + slope * terms.soft * (1 - soft.square()) * counted
+        return mean_l0, grad_acts, None, named
     off = l0 - terms.target_l0
     named["sparsity"] = mesh.sum_over_data(terms.sparsity * (2 / terms.target_l0) * off.square().sum() / rows)
     grad_step = (terms.sparsity * (4 / terms.target_l0) / rows * off)[support.rows]
     if terms.frequency:
-        share = mesh.sum_over_data(support.latents.bincount(counted, minlength=support.d_sae) / rows)
-        penalty = terms.frequency * (share * (1 + share / terms.frequency_scale)).sum()
-        named["frequency"] = mesh.sum_over_latents(penalty)
-        slope = terms.frequency * (1 + 2 * share / terms.frequency_scale) / rows
-        grad_step = grad_step + slope[support.latents]
-    window = in_window(codes.pre_acts, codes.threshold, terms.bandwidth) / terms.bandwidth
-    through = window * (codes.threshold * grad_acts + grad_step)
+        named["frequency"], slope = _frequency(support, counted, terms, rows, mesh)
+        grad_step = grad_step + slope
+    threshold, grad_pre = codes.threshold[support.latents], grad_acts * codes.active
+    window = in_window(codes.pre_acts, threshold, terms.bandwidth) / terms.bandwidth
+    through = window * (threshold * grad_acts + grad_step)
     return mean_l0, grad_pre + through if terms.ste_to_input else grad_pre, -through, named
 
 
-def _below(
+def _frequency(
+    support: Support, counted: Tensor, terms: Terms, rows: int, mesh: Mesh
+) -> tuple[Tensor, Float[Tensor, " entries"]]:
+    """The penalty on how often latents fire, and its gradient at each entry's count."""
+    share = mesh.sum_over_data(support.latents.bincount(counted, minlength=support.d_sae) / rows)
+    penalty = terms.frequency * (share * (1 + share / terms.frequency_scale)).sum()
+    slope = terms.frequency * (1 + 2 * share / terms.frequency_scale) / rows
+    return mesh.sum_over_latents(penalty), slope[support.latents]
+
+
+def _draw(
     layers: Layers, layer: int, x: Tensor, codes: Codes, weight: float, found: Mapping[str, Tensor], mesh: Mesh
 ) -> Tensor | float:
-    """The dead latents' term where it is linear, over all rows at once; adds its gradients to ``found``."""
+    """The dead latents' term, over all rows at once, for none is active on any; adds its gradients to ``found``."""
+    assert codes.threshold is not None
     which = codes.dead.view(layers.n, -1)[layer].nonzero()[:, 0]
     if not len(which):
         return 0.0
@@ -258,9 +296,8 @@ def _below(
     pre = layers.weights[f"W_enc.{layer}"][which] @ mean + layers.weights[f"b_enc.{layer}"][which]
     found[f"W_enc.{layer}"][which] -= weight * mean
     found[f"b_enc.{layer}"][which] -= weight
-    if (threshold := found.get(f"threshold.{layer}")) is not None:
-        threshold[which] += weight
-    return mesh.sum_over_data(weight * (codes.level.view(layers.n, -1)[layer][which] - pre).sum())
+    found[f"threshold.{layer}"][which] += weight
+    return mesh.sum_over_data(weight * (codes.threshold.view(layers.n, -1)[layer][which] - pre).sum())
 
 
 def _added(part: _Part, values: Tensor, d_sae: int) -> Float[Tensor, " d_sae"]:

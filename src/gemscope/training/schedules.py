@@ -2,6 +2,8 @@
 
 import math
 
+from gemscope.training.config import TrainConfig
+
 
 def cosine_warmup(step: int, length: float, start: float = 0.1) -> float:
     """From ``start`` at step 0 along half a cosine to 1 at step ``length`` (Gemma Scope, section 3.2)."""
@@ -31,3 +33,12 @@ def cosine_decay(step: int, total: int, length: float) -> float:
     """1 until ``length`` steps before ``total``, then along half a cosine to 0 at step ``total``."""
     left = linear_decay(step, total, length)
     return (1 - math.cos(math.pi * left)) / 2
+
+
+def rate_factor(config: TrainConfig, done: int) -> float:
+    """Of all learning rates after ``done`` updates: the warm-up times the decay that ``config`` asks for."""
+    factor = cosine_warmup(done, config.warmup * config.steps)
+    if config.decay is None or config.decay_shape == "constant":
+        return factor
+    shape = linear_decay if config.decay_shape == "linear" else cosine_decay
+    return factor * shape(done, config.steps, config.decay * config.steps)

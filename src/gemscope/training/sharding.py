@@ -86,11 +86,17 @@ class Mesh:
         dist.all_gather(parts, x.contiguous(), group=self.latent_group)
         return parts
 
+    def mean_over_latents(self, number: float) -> float:
+        """The mean of a number over the shards of the latents."""
+        if self.latents == 1:
+            return number
+        return float(self.sum_over_latents(torch.tensor(number, dtype=torch.float64, device=_device()))) / self.latents
+
     def highest(self, number: int) -> int:
         """The largest of a number over all processes."""
         if self.latents * self.data == 1:
             return number
-        found = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        found = torch.tensor(number, device=_device())
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
@@ -123,6 +129,11 @@ class Mesh:
             dist.all_gather(parts, kept)
             kept = torch.cat(parts).topk(k)[0]
         return kept[-1]
+
+
+def _device() -> str:
+    """Where the processes exchange numbers."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 ALONE = Mesh()

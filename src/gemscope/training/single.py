@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.optim import Adam
 
-from gemscope.core.arrays import Float, Tensor
+from gemscope.core.arrays import Tensor
+from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
 from gemscope.dictionaries.activations import jump_relu, step
 from gemscope.dictionaries.base import Dictionary
@@ -28,7 +29,7 @@ from gemscope.dictionaries.screening import above, bf16_is_fast, top_of_batch, t
 from gemscope.dictionaries.single import SingleLayer
 from gemscope.dictionaries.sparse import Support, dots
 from gemscope.training import start
-from gemscope.training.calibration import common_threshold, first_thresholds, set_thresholds
+from gemscope.training.calibration import common_threshold, first_thresholds, mean_l0, set_thresholds
 from gemscope.training.config import TrainConfig
 from gemscope.training.control import L0Control
 from gemscope.training.data import moments
@@ -48,17 +49,10 @@ from gemscope.training.objectives import (
 )
 from gemscope.training.optimizer import TableAdam
 from gemscope.training.outer import OuterGradient, decode, encode
-from gemscope.training.schedules import cosine_decay, cosine_warmup, geometric, linear_decay, linear_warmup
+from gemscope.training.schedules import geometric, linear_warmup, rate_factor
 
 _SCREEN_FROM = 1 << 21
 """Weights of an encoder from which a bf16 screen saves more than it costs."""
-_SMALL = 0.5
-"""Thresholds below this, in pre-activation scales, are moved as this one is: they can reach zero, and leave it."""
-_LIFT = 0.05
-"""Share by which a too frequent latent's threshold rises in one update: where its pre-activations lie beyond the
-estimator's window, the frequency penalty has no gradient."""
-_MARGIN = 0.8
-"""Share of ``frequency_scale`` from which a latent, on one batch, is too frequent."""
 
 
 @dataclass
@@ -138,7 +132,7 @@ class SingleLayerLearner:
         y = x if config.kind == "sae" else _wide(batch[config.writes[0]]) / self.moments_out.scale
         gradients = {name: OuterGradient(tuple(self.weights[name].shape)) for name in ("E", "W_dec")}
         result = self._backward(x, y, done, gradients)
-        rate = self._rate_factor(done)
+        rate = rate_factor(config, done)
         for name, table in self.tables.items():
             table.step(gradients[name], config.learning_rate * rate)
         rates = {
@@ -157,32 +151,15 @@ class SingleLayerLearner:
         self._control(float(result.l0), done)
         return result
 
-    @torch.no_grad()
     def _control(self, l0: float, done: int) -> None:
-        """Move all thresholds towards the target, and those of too frequent latents upwards."""
+        """Move all thresholds towards the target."""
         config = self.config
         if not config.penalised:
             return
         factor = self.control.observe(l0, self._target(done), done)
         threshold = self.weights.get("threshold")
-        if threshold is None or "threshold" in config.frozen:
-            return
-        size = threshold.clamp(min=_SMALL * self.pre_scale)
-        move = (factor - 1) * size
-        if config.frequency_weight > 0:
-            move = torch.where(
-                self.frequency > _MARGIN * config.frequency_scale, move.clamp(min=0) + _LIFT * size, move
-            )
-        threshold += move
-        threshold.clamp_(min=0)
-
-    def _rate_factor(self, done: int) -> float:
-        config = self.config
-        factor = cosine_warmup(done, config.warmup * config.steps)
-        if config.decay is None or config.decay_shape == "constant":
-            return factor
-        shape = linear_decay if config.decay_shape == "linear" else cosine_decay
-        return factor * shape(done, config.steps, config.decay * config.steps)
+        if threshold is not None and "threshold" not in config.frozen:
+            self.control.move(threshold, factor, self.frequency, self.pre_scale)
 
     def _centre(self) -> Tensor:
         return self.weights["b_dec"] if self.config.kind == "sae" else self.centre
@@ -325,7 +302,14 @@ class SingleLayerLearner:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; the learner must have been built from the same config and calibration rows."""
+        """Go on from there; the learner must have been built from the same config and calibration rows. Raises
+        InputError for the state of another learner.
+        """
+        if "tables" not in state:
+            raise InputError(
+                f"this checkpoint of a {self.config.kind} was written by several processes, whose trainer is another;"
+                " go on in several, or give another folder."
+            )
         for name, tensor in self.weights.items():
             tensor.copy_(state["weights"][name])
         for name, table in self.tables.items():
@@ -357,11 +341,11 @@ class SingleLayerLearner:
         dictionary = start.folded(config, weights, threshold, *scales, self.centre)
         l0_train = self.control.mean if config.penalised else config.target_l0
         if config.activation == "jumprelu":
-            l0_train = _mean_l0(dictionary, x)
+            l0_train = mean_l0(dictionary, x)
             limit = config.frequency_scale if config.frequency_weight > 0 else None
             factor = set_thresholds(dictionary, x, config.target_l0, limit)
         dead = (self.idle_rows > config.dead_after_rows).float().mean().item()
-        numbers = {"l0_train": float(l0_train), "l0": _mean_l0(dictionary, x), "threshold_factor": factor}
+        numbers = {"l0_train": float(l0_train), "l0": mean_l0(dictionary, x), "threshold_factor": factor}
         numbers |= {"dead_fraction": dead, "scale_in": scales[0], "scale_out": scales[1]}
         return dictionary, numbers | {"bandwidth": self.bandwidth}
 
@@ -369,7 +353,3 @@ class SingleLayerLearner:
 def _wide(x: Tensor) -> Tensor:
     """Rows in fp32, or in fp64 where they are."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _mean_l0(dictionary: SingleLayer, x: Float[Tensor, "rows d_in"]) -> float:
-    return sum(len(dictionary.encode_sparse(part)[1]) for part in x.split(4096)) / len(x)

@@ -8,8 +8,11 @@ import torch
 
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
+from gemscope.dictionaries.activation import is_largest
 from gemscope.dictionaries.activations import jump_relu, step
+from gemscope.training.config import TrainConfig
 from gemscope.training.multilayer import MultiLayerConfig, MultiLayerLearner
+from gemscope.training.single import SingleLayerLearner
 
 N, D, D_OUT, F, B = 3, 10, 8, 12, 40
 READS = [Site("mlp_in", i) for i in range(N)]
@@ -49,33 +52,54 @@ def double(learner: MultiLayerLearner) -> None:
     learner.weights = {name: t.double() for name, t in learner.weights.items()}
 
 
+def dense_codes(learner: MultiLayerLearner, pre: torch.Tensor, theta: torch.Tensor | None, target: float):
+    """Activations and soft or hard counts [batch, layers, latents], every entry of the dense matrices looked at."""
+    cfg = learner.config
+    if theta is not None:
+        given = pre.flatten(1), theta.flatten(), learner.bandwidth, cfg.ste_to_input
+        return jump_relu(*given).view_as(pre), step(*given).view_as(pre)
+    flat = pre.detach().flatten(1)
+    kept = is_largest(flat, int(target))
+    if cfg.activation == "batchtopk":
+        kept = is_largest(flat.view(1, -1), round(target * len(pre))).view_as(flat)
+    acts = pre.relu() * kept.view_as(pre)
+    return acts, (cfg.tanh_scale / learner.pre_scale * acts).tanh()
+
+
 def dense_loss(learner: MultiLayerLearner, W: dict[str, torch.Tensor], x: Any, y: Any, dead: torch.Tensor, done: int):
-    """The objective as the docstring has it, every matrix dense."""
-    terms, cfg = learner._terms(done), learner.config
-    pre = [x[i] @ W[f"W_enc.{i}"].T + W[f"b_enc.{i}"] for i in range(N)]
-    theta = [W[f"threshold.{i}"] for i in range(N)]
-    acts = [jump_relu(p, t, terms.bandwidth) for p, t in zip(pre, theta, strict=True)]
-    gates = [step(p, t, terms.bandwidth) for p, t in zip(pre, theta, strict=True)]
+    """The objective as the docstring has it, every matrix dense; weights as ``TrainConfig`` has them."""
+    cfg, spread = learner.config, learner.spread
+    target = learner.first_l0 * (cfg.target_l0 / learner.first_l0) ** min(1.0, done / (cfg.annealing * cfg.steps))
+    pre = torch.stack([x[i] @ W[f"W_enc.{i}"].T + W[f"b_enc.{i}"] for i in range(N)], 1)
+    theta = torch.stack([W[f"threshold.{i}"] for i in range(N)]) if cfg.penalised else None
+    acts, gates = dense_codes(learner, pre, theta, target)
+    few = is_largest(pre.detach().flatten(1).masked_fill(~dead, -1.0), min(cfg.aux_k or D_OUT // 2, int(dead.sum())))
+    own = pre.relu() * few.view_as(pre)
     loss = torch.zeros((), dtype=torch.float64)
+
+    def written(acts: torch.Tensor, m: int, p: int = F) -> torch.Tensor:
+        tables = [W[f"W_dec.{s}"] if cfg.tied else W[f"W_dec.{s}.{m}"] for s in range(m + 1)]
+        return torch.stack([acts[:, s, :p] @ table[:p] for s, table in enumerate(tables)]).sum(0)
+
     for m in range(N):
-        nested = []
-        for p in [*cfg.prefixes, F]:
-            recon = W[f"b_dec.{m}"]
-            if cfg.has_skip:
-                recon = recon + x[m] @ W[f"W_skip.{m}"]
-            for source in range(m + 1):
-                table = W[f"W_dec.{source}"] if cfg.tied else W[f"W_dec.{source}.{m}"]
-                recon = recon + acts[source][:, :p] @ table[:p]
-            nested.append((recon - y[m]).square().sum(1).mean())
+        base = W[f"b_dec.{m}"] + (x[m] @ W[f"W_skip.{m}"] if cfg.has_skip else 0)
+        nested = [(base + written(acts, m, p) - y[m]).square().sum(1).mean() for p in [*cfg.prefixes, F]]
         loss = loss + torch.stack(nested).mean()
-    l0 = sum(gate.sum(1) for gate in gates)
-    loss = loss + terms.sparsity * 2 / terms.target_l0 * (l0 - terms.target_l0).square().mean()
-    for i in range(N):
-        p = gates[i].mean(0)
-        loss = loss + terms.frequency * (p * (1 + p / terms.frequency_scale)).sum()
-        gap = (theta[i] - pre[i]).relu()[:, dead[i * F : (i + 1) * F]]
-        loss = loss + terms.dead * gap.sum() / B
+        if theta is None and dead.any():
+            left = (y[m] - base - written(acts, m)).detach()
+            loss = loss + cfg.aux_weight * (left - written(own, m)).square().sum(1).mean()
+    p = gates.mean(0)
+    loss = loss + cfg.frequency_weight * spread * (p * (1 + p / cfg.frequency_scale)).sum()
+    if theta is not None:
+        off = gates.sum((1, 2)) - target
+        loss = loss + cfg.sparsity_weight * spread * 2 / target * off.square().mean()
+        gap = (theta - pre).relu().flatten(1)[:, dead]
+        loss = loss + cfg.dead_weight * spread * gap.sum(1).mean()
     return loss
+
+
+TOPK = {"activation": "topk", "skip": True}
+BATCHTOPK = {"activation": "batchtopk", "target_l0": 5.3, "first_k_factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -86,22 +110,38 @@ def dense_loss(learner: MultiLayerLearner, W: dict[str, torch.Tensor], x: Any, y
         {"skip": True, "prefixes": (3, 7)},
         {"tied": True, "prefixes": (5,), "frequency_weight": 0.2},
         {"frequency_weight": 0.3, "dead_weight": 0.7, "skip": True},
+        {"ste_to_input": True},
+        {"prefixes": (5,), "batch_size": 300},
+        TOPK,
+        TOPK | {"prefixes": (3, 7), "frequency_weight": 0.3, "aux_weight": 0.5},
+        TOPK | {"aux_k": 2, "tied": True, "batch_size": 300},
+        TOPK | {"aux_weight": 0.0},
+        BATCHTOPK,
+        BATCHTOPK | {"prefixes": (4,), "aux_k": 7, "frequency_weight": 0.1},
     ],
 )
 def test_gradients_agree_with_float64_autograd(change: dict[str, Any]) -> None:
-    cfg, data = config(**change), rows()
+    cfg, data = config(**change), rows(1000)
     learner = MultiLayerLearner(cfg, data)
     for done in range(6):  # somewhere that is not the start
         learner.update({s: v[done * B : (done + 1) * B] for s, v in data.items()}, done)
     double(learner)
-    learner.idle_rows[:] = torch.arange(N * F) % 4 * 90
-    batch = {site: v[300 : 300 + B] for site, v in data.items()}
+    seldom = torch.arange(N * F) % 4 == 3  # dead: never above the others, or above their thresholds
+    for layer, some in enumerate(seldom.view(N, F)):
+        learner.weights[f"b_enc.{layer}"][some] -= 0.0 if cfg.penalised else 0.4
+        if cfg.penalised:
+            learner.weights[f"threshold.{layer}"][some] += 2.0
+    learner.idle_rows[:] = seldom * 90
+    batch = {site: v[300 : 300 + cfg.batch_size] for site, v in data.items()}
     x = [t.double() for t in learner._inputs(batch)]
     y = [batch[site].double() / m.scale for site, m in zip(WRITES, learner.write, strict=True)]
     W = {name: t.clone().requires_grad_() for name, t in learner.weights.items()}
     found: dict[str, torch.Tensor] = {}
     result = learner.backward(x, y, 6, lambda name, grad: found.__setitem__(name, grad))
-    loss = dense_loss(learner, W, x, y, learner.idle_rows > cfg.dead_after_rows, 6)
+    dead = learner.idle_rows > cfg.dead_after_rows
+    assert dead.any(), "no latent was dead, so nothing was tested"
+    assert ("aux" in result.terms) == (not cfg.penalised and cfg.aux_weight > 0)
+    loss = dense_loss(learner, W, x, y, dead, 6)
     loss.backward()
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-9)
     assert found.keys() == W.keys()
@@ -236,6 +276,8 @@ def test_frozen_weights_stay() -> None:
     [
         ({"sparsity": "tanh"}, "quadratic"),
         ({"beta1": 0.9}, "beta1"),
+        ({"product_dtype": "bfloat16"}, "fp32"),
+        ({"activation": "batchtopk", "frozen": ("threshold",)}, "leave 'threshold' out"),
         ({"kind": "crosscoder", "target_site": None, "skip": True}, "skip"),
         ({"layers": (0,)}, "two or more layers"),
     ],
@@ -250,3 +292,28 @@ def test_a_dictionary_of_another_size_is_no_start() -> None:
     dictionary, _ = MultiLayerLearner(config(), data).finished(data)
     with pytest.raises(InputError, match="same kind and size"):
         MultiLayerLearner(dataclasses.replace(config(), d_sae=16), data, start=dictionary)
+
+
+def test_the_state_of_the_other_learner_is_refused_in_one_sentence() -> None:
+    data = rows()
+    cfg = TrainConfig(READS[0], d_sae=F, target_l0=3.0, batch_size=B, calibration_rows=600)
+    one, several = SingleLayerLearner(cfg, data), MultiLayerLearner(cfg, data)
+    with pytest.raises(InputError, match="this checkpoint of a sae was written by a single process"):
+        several.load_state_dict(one.state_dict())
+    with pytest.raises(InputError, match="this checkpoint of a sae was written by several processes"):
+        one.load_state_dict(several.state_dict())
+
+
+def test_a_tied_dictionary_goes_on_tied() -> None:
+    """Taken up and finished without a step in between it is the same function, but for the scales of the new rows."""
+    data = rows()
+    learner = MultiLayerLearner(config(tied=True), data)
+    for done in range(5):
+        learner.update({s: v[done * B : (done + 1) * B] for s, v in data.items()}, done)
+    first, _ = learner.finished(data)
+    again = MultiLayerLearner(config(tied=True), data, start=first)
+    assert {name for name in again.weights if name.startswith("W_dec")} == {f"W_dec.{i}" for i in range(N)}
+    x = torch.stack([data[s] for s in READS], 1)
+    torch.testing.assert_close(again.finished(data)[0](x), first(x), rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match="go on without 'tied'"):
+        MultiLayerLearner(config(tied=True), data, start=MultiLayerLearner(config(), data).finished(data)[0])
