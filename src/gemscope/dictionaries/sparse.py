@@ -33,8 +33,7 @@ _BLOCK = {"cpu": 1 << 20}
 
 _DENSE = 0.1
 """Share of all entries above which products are dense. On a CPU they are faster from 0.14 at 16,384 latents, 0.19 at
-8,192 and 0.22 at 4,096 (benchmarks/crossing.py, d 640), so below this sparse ones never lose; wider dictionaries cross
-earlier. Not measured on CUDA."""
+8,192 and 0.22 at 4,096 (benchmarks/crossing.py, d 640): up to there sparse ones do not lose. Not measured on CUDA."""
 
 
 @dataclass(frozen=True)
