@@ -387,7 +387,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        for line in text.splitlines():
+        for line in text.split("\n"):
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):

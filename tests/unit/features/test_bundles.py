@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from gemscope.features.scope_examples import export_examples, import_examples
 from unit.dictionaries.zoo import random_dictionary
 from unit.models.tiny_gemma import TEXTS, gemma
 
+LONG = "大阪は日本の都市です。東京は日本の首都です。京都は古い都です。🙂"
+"""A run of byte tokens much longer than the window around an example and what is read beside it."""
 CONFIG = IndexConfig(top=4, groups=3, per_group=2, sample=30, window=3, promoted=4)
 
 # As the bulk export publishes them; what its own exporter leaves out may be missing.
@@ -47,7 +50,8 @@ LEFT_OUT = {
 def made(tmp_path_factory):
     """An index of the tiny model over texts with characters of several bytes."""
     model = gemma("gemma3")
-    items = [model.tokens(text) for text in (*TEXTS, "🙂🙂 like über", "Paris 🙂 is long", "today we like 🙂")]
+    more = ("🙂🙂 like über", "Paris 🙂 is long", "today we like 🙂", LONG, "we\u2028like\x85Paris\u2029today")
+    items = [model.tokens(text) for text in (*TEXTS, *more)]
     sae = random_dictionary("sae", d_in=24, d_sae=20, dtype=torch.float32)
     clt = random_dictionary("clt", d_in=24, d_out=24, d_sae=5, n=4, dtype=torch.float32)
     reads, writes = ([Site(name, layer) for layer in range(4)] for name in ("mlp_in", "mlp_out"))
@@ -63,7 +67,7 @@ def made(tmp_path_factory):
 
 
 def lines(path):
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().split("\n") if line]
 
 
 def batches(folder, kind):
@@ -105,6 +109,21 @@ def test_characters_of_several_bytes_are_whole_and_pieces_make_the_text(made, tm
     joined = {"".join(row["tokens"]) for row in batches(tmp_path, "activations")}
     assert any("🙂" in text for text in joined)
     assert not any("<0x" in text or "\ufffd" in text for text in joined)
+    assert len(LONG.encode()) > 60
+    cut = {text for text in joined if text and text in LONG}
+    assert cut
+    assert any(LONG.find(text) > 12 for text in cut)
+
+
+def test_a_page_shows_the_characters_of_a_long_run_of_bytes(made):
+    model, built, _ = made
+    spans = model.tokens(LONG).offsets
+    words = ["<bos>"] + [LONG[a:b] if (a, b) != before else "" for before, (a, b) in pairwise(spans)]
+    pages = [built.feature(f"resid_post.2/{latent}", before=5, after=4) for latent in range(20)]
+    shown = [example for page in pages for example in page.top if example.doc == len(TEXTS) + 3]
+    assert max(example.position for example in shown) > 12
+    for example in shown:
+        assert list(example.tokens) == words[example.position : example.position + len(example.tokens)]
 
 
 def test_our_export_is_read_back(made, tmp_path):
