@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemscope.activations import locks
 from gemscope.artifacts.config import Loaded
 from gemscope.core.arrays import Int, Tensor
 from gemscope.core.files import read_tensors, write_json
@@ -38,7 +37,7 @@ def finish(
     gemma: Gemma | None,
     rows: Mapping[str, Any],
 ) -> None:
-    """Write all files, ``index.json`` last, and remove what was counted. Doing it twice gives the same."""
+    """Write all files, ``index.json`` last, and remove what was counted; after a stop all is written again."""
     places, tokens = _write_contexts(folder)
     for name in dictionaries:
         _write_dictionary(folder, name, dictionaries, part, config, gemma, places)
@@ -60,8 +59,7 @@ def finish(
         "provenance": collect(seeds={"seed": config.seed}).as_dict(),
     }
     write_json(folder / "index.json", json.loads(json.dumps(about, default=str)))
-    for done in ("counted", locks.FOLDER):
-        shutil.rmtree(folder / done, ignore_errors=True)
+    shutil.rmtree(folder / "counted", ignore_errors=True)
 
 
 def _write_contexts(folder: Path) -> tuple[Int[Tensor, " tokens"], layout.Array]:

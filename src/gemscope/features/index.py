@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gemscope.activations import locks
 from gemscope.activations.harvesting import Slice
 from gemscope.artifacts.config import Loaded
 from gemscope.core.errors import FormatError, InputError
@@ -21,7 +22,15 @@ from gemscope.features.contexts import Contexts, Span
 from gemscope.features.database import Database, Label
 from gemscope.features.feature import Example, Feature, FeatureId, Relative
 from gemscope.features.finishing import finish
-from gemscope.features.passing import Progress, count_units, plan_of, whole
+from gemscope.features.passing import (
+    Progress,
+    check_dictionaries,
+    check_plan,
+    count_units,
+    is_finished,
+    plan_of,
+    whole,
+)
 from gemscope.features.pieces import Pieces
 from gemscope.features.spelling import Reader
 from gemscope.models.gemma import Gemma
@@ -40,15 +49,20 @@ def index(
     """Index ``dictionaries`` (name -> dictionary) over ``rows`` in ``folder``, or what is missing of that, or a slice.
 
     ``gemma`` is needed for promoted tokens and spellings. The result depends on rows, dictionaries and config only, not
-    on slices, interruptions or resumes; None while other slices have not done theirs. Raises InputError for another
-    index in that folder, StorageError when the disk is full.
+    on slices, interruptions or resumes; None while other slices have not done theirs. Raises OccupiedError for another
+    index in that folder, InputError for dictionaries of other rows, StorageError when the disk is full.
     """
     folder, config = Path(folder), config or IndexConfig()
-    if (folder / "index.json").is_file() and read_json(folder / "plan.json") == plan_of(rows, dictionaries, config):
-        return FeatureIndex.open(folder)
-    if not count_units(folder, rows, dictionaries, config, share=share, progress=progress):
+    check_dictionaries(rows, dictionaries)
+    if is_finished(folder):
+        check_plan(folder, plan_of(rows, dictionaries, config))
+    elif not count_units(folder, rows, dictionaries, config, share=share, progress=progress):
         return None
-    finish(folder, whole(folder, dictionaries, config, rows), dictionaries, config, gemma, rows.describe())
+    else:
+        with locks.finishing(folder):
+            if not is_finished(folder):  # by a slice that ended at the same time
+                part = whole(folder, dictionaries, config, rows)
+                finish(folder, part, dictionaries, config, gemma, rows.describe())
     return FeatureIndex.open(folder)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from gemscope.artifacts.config import DictionaryConfig, Loaded
 from gemscope.artifacts.examples import Examples
-from gemscope.core.errors import FormatError, InputError
+from gemscope.core.errors import FormatError, InputError, OccupiedError
 from gemscope.core.sites import Site
 from gemscope.features.blocks import LiveRows
 from gemscope.features.config import IndexConfig
@@ -196,6 +196,11 @@ def test_a_bundle_of_their_own_is_read(tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:30])
     with pytest.raises(FormatError, match="damaged"):
         import_bundle(tmp_path / "v1", tmp_path / "j")
+    model = gemma("gemma3")
+    sae = random_dictionary("sae", d_in=24, d_sae=6, dtype=torch.float32)
+    loaded = {"a": Loaded(sae, DictionaryConfig.of(sae, Site("resid_post", 2), model="tiny"))}
+    with pytest.raises(OccupiedError, match="an index that was imported; choose another folder with --out"):
+        index(built.folder, LiveRows(model, [model.tokens("hello")]), loaded, CONFIG, gemma=model)
     with pytest.raises(InputError, match="not empty"):
         export_bundle(built, tmp_path / "again")
         import_bundle(tmp_path / "again", tmp_path / "i")

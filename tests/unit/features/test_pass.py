@@ -2,7 +2,9 @@
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from gemscope.activations.store import Store
 from gemscope.artifacts.config import DictionaryConfig, Loaded
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
+from gemscope.features import index as whole_index
 from gemscope.features import passing
 from gemscope.features.blocks import LiveRows, SetRows, StoreRows
 from gemscope.features.config import IndexConfig
@@ -217,6 +220,45 @@ def test_a_pass_that_is_killed_goes_on_to_the_same_bytes(harvested, tmp_path):
     assert index(folder, rows, loaded, CONFIG, gemma=model) is not None
     assert content(folder) == content(tmp_path / "whole")
     assert not (folder / "counted").exists()
+
+
+def test_slices_that_end_together_write_the_files_once(harvested, tmp_path, monkeypatch):
+    store, loaded = harvested
+    rows, model = StoreRows(store), small.model()
+    index(tmp_path / "one", rows, loaded, CONFIG, gemma=model)
+    folder, calls, begun = tmp_path / "two", [], threading.Event()
+    for number in range(2):
+        passing.count_units(folder, rows, loaded, CONFIG, share=Slice(number, 2))
+    real = whole_index.finish
+
+    def slow(*arguments):
+        calls.append(arguments)
+        begun.set()
+        time.sleep(0.3)
+        real(*arguments)
+
+    both = threading.Barrier(2, timeout=10)
+    monkeypatch.setattr(whole_index, "finish", slow)
+    monkeypatch.setattr(whole_index, "count_units", lambda *_, **__: both.wait() >= 0)
+    with ThreadPoolExecutor(2) as beside:
+        ended = [beside.submit(index, folder, rows, loaded, CONFIG, gemma=model) for _ in range(2)]
+        assert begun.wait(10)
+        with pytest.raises(InputError, match="is writing into"):  # a slice that is run again meanwhile
+            passing.count_units(folder, rows, loaded, CONFIG, share=Slice(1, 2))
+        assert all(one.result() is not None for one in ended)
+    assert len(calls) == 1
+    assert content(folder) == content(tmp_path / "one")
+    assert passing.count_units(folder, rows, loaded, CONFIG, share=Slice(1, 2))
+    assert not (folder / "counted").exists()
+
+
+@pytest.mark.parametrize(("site", "width"), [("resid_post.0", 40), ("resid_post.1", 24)])
+def test_a_dictionary_of_other_rows_is_refused_before_anything_is_written(harvested, tmp_path, site, width):
+    sae = random_dictionary("sae", d_in=width, d_sae=16, dtype=torch.float32)
+    other = {"other": Loaded(sae, DictionaryConfig.of(sae, Site.parse(site), model="tiny"))}
+    with pytest.raises(InputError, match=site):
+        index(tmp_path / "i", StoreRows(harvested[0]), other, CONFIG, gemma=small.model())
+    assert not (tmp_path / "i").exists()
 
 
 def test_a_model_on_the_fly_counts_special_tokens_apart(tmp_path):
