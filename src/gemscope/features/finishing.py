@@ -18,7 +18,7 @@ from gemscope.core.provenance import collect
 from gemscope.features import database, effects, layout
 from gemscope.features.best import Best
 from gemscope.features.config import IndexConfig
-from gemscope.features.histogram import bin_of, groups_of_bins
+from gemscope.features.histogram import groups_of_sample
 from gemscope.features.passing import Part
 from gemscope.features.pieces import save_pieces
 from gemscope.features.spelling import readable
@@ -137,10 +137,8 @@ def _taken(best: Best, keep: Tensor, slot: Tensor) -> _Chosen:
 def quantile_groups(tally: Tally) -> Int[Tensor, "latents sample"]:
     """The quantile group of every sampled token; -1 where there is none."""
     tally.sample.settle()
-    groups = groups_of_bins(tally.histogram.long(), tally.config.groups)
-    values = tally.sample.value.clamp(min=1e-30)
-    found = groups.gather(1, bin_of(values.reshape(-1)).view(values.shape).long())
-    return found.masked_fill(tally.sample.score < 0, -1)
+    values = tally.sample.value.masked_fill(tally.sample.score < 0, 0)
+    return groups_of_sample(tally.histogram.long(), values, tally.config.groups)
 
 
 def _examples(

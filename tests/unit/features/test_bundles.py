@@ -23,6 +23,7 @@ from unit.models.tiny_gemma import TEXTS, gemma
 
 LONG = "大阪は日本の都市です。東京は日本の首都です。京都は古い都です。🙂"
 """A run of byte tokens much longer than the window around an example and what is read beside it."""
+ALL = (*TEXTS, "🙂🙂 like über", "Paris 🙂 is long", "today we like 🙂", LONG, "we\u2028like\x85Paris\u2029today")
 CONFIG = IndexConfig(top=4, groups=3, per_group=2, sample=30, window=3, promoted=4)
 
 # As the bulk export publishes them; what its own exporter leaves out may be missing.
@@ -50,8 +51,7 @@ LEFT_OUT = {
 def made(tmp_path_factory):
     """An index of the tiny model over texts with characters of several bytes."""
     model = gemma("gemma3")
-    more = ("🙂🙂 like über", "Paris 🙂 is long", "today we like 🙂", LONG, "we\u2028like\x85Paris\u2029today")
-    items = [model.tokens(text) for text in (*TEXTS, *more)]
+    items = [model.tokens(text) for text in ALL]
     sae = random_dictionary("sae", d_in=24, d_sae=20, dtype=torch.float32)
     clt = random_dictionary("clt", d_in=24, d_out=24, d_sae=5, n=4, dtype=torch.float32)
     reads, writes = ([Site(name, layer) for layer in range(4)] for name in ("mlp_in", "mlp_out"))
@@ -101,6 +101,31 @@ def test_the_export_has_the_published_fields(made, tmp_path):
         assert row["maxValue"] == max(row["values"]) == row["values"][row["maxValueTokenIndex"]]
         low, high = row["binMin"], row["binMax"]
         assert low == high == -1 or low <= row["values"][row["qualifyingTokenIndex"]] <= high
+
+
+def test_the_intervals_of_the_groups_share_all_activations_out(made, tmp_path):
+    model, built, loaded = made
+    export_bundle(built, tmp_path)
+    items = [model.tokens(text) for text in ALL]
+    acts = torch.cat([model.capture(one, ["resid_post.2"])["resid_post.2"][0][one.content_mask] for one in items])
+    acts = loaded["resid_post.2"].dictionary.encode(acts).detach()
+    rows = [row for row in batches(tmp_path, "activations") if row["layer"].startswith("2-") and row["binMin"] != -1]
+    checked = 0
+    for latent in range(20):
+        mine = [row for row in rows if row["index"] == str(latent)]
+        groups = sorted({(row["binMin"], row["binMax"], row["binContains"]) for row in mine})
+        if not groups:
+            continue
+        active = acts[:, latent][acts[:, latent] > 0]
+        assert groups[0][0] <= active.min() < active.max() <= groups[-1][1]
+        assert sum(share for *_, share in groups) == pytest.approx(1)
+        for (_, high, _), (low, _, _) in pairwise(groups):
+            assert high == low
+        for low, high, share in groups:
+            true = ((active >= low) & (active <= high)).float().mean()
+            assert share == pytest.approx(float(true), abs=0.25)
+            checked += abs(share - float(true)) < 0.1
+    assert checked > 25
 
 
 def test_characters_of_several_bytes_are_whole_and_pieces_make_the_text(made, tmp_path):

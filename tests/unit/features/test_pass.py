@@ -17,9 +17,10 @@ from gemscope.activations.store import Store
 from gemscope.artifacts.config import DictionaryConfig, Loaded
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
+from gemscope.dictionaries.sparse import Support
 from gemscope.features import index as whole_index
 from gemscope.features import passing
-from gemscope.features.blocks import LiveRows, SetRows, StoreRows
+from gemscope.features.blocks import LiveRows, SetRows, StoreRows, Where
 from gemscope.features.config import IndexConfig
 from gemscope.features.effects import partners
 from gemscope.features.finishing import quantile_groups
@@ -108,10 +109,7 @@ def test_samples_are_of_their_groups_and_each_active_token_is_equally_likely(tmp
     acts = loaded.dictionary.encode(rows[SITE])
     latent = int(((acts > 0).sum(0) - 60).abs().argmin())
     tokens = {(int(d), int(p)): float(a) for d, p, a in zip(rows.doc, rows.pos, acts[:, latent], strict=True) if a > 0}
-    histogram = {}
-    for value in tokens.values():
-        histogram[brute.bin_number(value)] = histogram.get(brute.bin_number(value), 0) + 1
-    group = brute.group_of(histogram, 3)
+    group = brute.groups_of(list(tokens.values()), 3)
     seen = dict.fromkeys(tokens, 0)
     rounds = 300
     for seed in range(rounds):
@@ -123,7 +121,7 @@ def test_samples_are_of_their_groups_and_each_active_token_is_equally_likely(tmp
         for place, value, mine in zip(tally.sample.place[latent], tally.sample.value[latent], groups, strict=True):
             where = (int(place) >> 31, int(place) & 0x7FFFFFFF)
             assert tokens[where] == float(value)
-            assert int(mine) == group[brute.bin_number(float(value))]
+            assert int(mine) == group[float(value)]
             seen[where] += 1
     assert sum(seen.values()) == rounds * 9
     expected = rounds * 9 / len(seen)
@@ -131,6 +129,53 @@ def test_samples_are_of_their_groups_and_each_active_token_is_equally_likely(tmp
     chi = sum((n - expected) ** 2 / expected for n in seen.values()) / (1 - 9 / len(seen))
     freedom = len(seen) - 1
     assert abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def tallied(values, config):
+    """A tally of one latent that has ``values`` on tokens of a document each, and the quantile groups of its sample."""
+    n = len(values)
+    one, none = torch.ones(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
+    where = Where(torch.arange(n), one, none, none, one, none.bool())
+    tally = passing.Tally(1, config, 1.0)
+    tally.update(Support(torch.arange(n), none, n, 1), torch.tensor(values), where)
+    return tally, quantile_groups(tally)[0]
+
+
+SPREADS = {
+    "one bin": lambda random: 1 + 0.12 * random.random(800),
+    "two bins": lambda random: 1.1 + 0.1 * random.random(800),
+    "wide": lambda random: np.exp(random.normal(0, 1, 800)),
+    "many equal ones": lambda random: np.maximum(1.06, 1 + 0.1 * random.random(800)),
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_groups_are_quantiles_of_all_activations(spread):
+    """Each group has its share of the examples' true quantiles, to what a sample of 64 can tell."""
+    values = SPREADS[spread](np.random.default_rng(0)).astype(np.float32).tolist()
+    group = brute.groups_of(values, 5)
+    shares = np.bincount([group[value] for value in values], minlength=5) / len(values)
+    seen, right, total = np.zeros(5), 0, 0
+    for seed in range(40):
+        tally, groups = tallied(values, IndexConfig(window=2, seed=seed))
+        assert len(groups) == 64
+        for value, mine in zip(tally.sample.value[0].tolist(), groups.tolist(), strict=True):
+            assert abs(mine - group[value]) <= 1
+            seen[mine] += 1
+            right += mine == group[value]
+            total += 1
+    assert np.abs(seen / total - shares).max() < 0.04
+    assert right / total > 0.75
+
+
+@pytest.mark.parametrize("n", [1, 7, 64])
+def test_groups_of_few_activations_are_exact(n):
+    random = np.random.default_rng(n)
+    values = random.choice([1.01, 1.02, 1.05, 1.07, 1.09, 3.0, 3.1, 9.0], n).astype(np.float32).tolist()
+    tally, groups = tallied(values, IndexConfig(window=2))
+    group = brute.groups_of(values, 5)
+    assert groups[:n].tolist() == [group[value] for value in tally.sample.value[0, :n].tolist()]
+    assert groups[n:].tolist() == [-1] * (64 - n)
 
 
 @pytest.fixture(scope="module")
