@@ -2,7 +2,8 @@
 
 Notable:
 - a unit is whole once a state that contains it is there; whoever comes next does what is missing;
-- in memory are one block of rows, the tallies (14 KB a latent, with what merging takes) and a chunk of codes: nothing grows with the text.
+- in memory are one block of rows, the tallies (14 KB a latent, merging included) and a chunk of codes: nothing grows
+  with the text.
 """
 
 import hashlib
