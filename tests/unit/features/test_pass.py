@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from gemscope.activations.sets import ActivationSet
 from gemscope.activations.store import Store
 from gemscope.artifacts.config import DictionaryConfig, Loaded
 from gemscope.core.errors import InputError
+from gemscope.core.files import write_tensors
 from gemscope.core.sites import Site
 from gemscope.dictionaries.sparse import Support
 from gemscope.features import index as whole_index
@@ -23,7 +25,7 @@ from gemscope.features import passing
 from gemscope.features.blocks import LiveRows, SetRows, StoreRows, Where
 from gemscope.features.config import IndexConfig
 from gemscope.features.effects import partners
-from gemscope.features.finishing import quantile_groups
+from gemscope.features.finishing import quantile_groups, write_contexts
 from gemscope.features.index import FeatureIndex, index
 from gemscope.features.layout import bfloat16
 from unit.activations import small
@@ -304,6 +306,50 @@ def test_a_dictionary_of_other_rows_is_refused_before_anything_is_written(harves
     with pytest.raises(InputError, match=site):
         index(tmp_path / "i", StoreRows(harvested[0]), other, CONFIG, gemma=small.model())
     assert not (tmp_path / "i").exists()
+
+
+def write_units(folder, units, size, documents, order):
+    """Units of documents of equal length, each with its tokens numbered on; numbered in ``order``."""
+    for number, unit in enumerate(order):
+        at = torch.arange(size) + unit * size
+        doc, pos = at // (size // documents), at % (size // documents)
+        columns = {"doc": doc.int(), "pos": pos.int(), "piece": (pos >= 100).int(), "token": at.int()}
+        path = folder / "counted" / "contexts" / f"{number:06d}.safetensors"
+        write_tensors(path, {**columns, "special": (pos == 0).to(torch.uint8)})
+    return units * size
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_contexts_are_written_by_document_and_piece(tmp_path, order):
+    count = write_units(tmp_path, 3, 600, 4, order)
+    places, tokens = write_contexts(tmp_path, count)
+    assert tokens.tolist() == np.load(tmp_path / "tokens.npy").tolist() == list(range(1800))
+    assert [divmod(place, 1 << 31) for place in places.tolist()] == [divmod(at, 150) for at in range(1800)]
+    assert np.load(tmp_path / "starts.npy").tolist() == [150 * doc + at for doc in range(12) for at in (0, 100)]
+    assert np.load(tmp_path / "docs.npy").tolist() == [doc for doc in range(12) for _ in range(2)]
+    special = np.unpackbits(np.load(tmp_path / "special.npy"))[:1800]
+    assert np.flatnonzero(special).tolist() == list(range(0, 1800, 150))
+
+
+def test_writing_the_contexts_takes_few_bytes_a_token(tmp_path):
+    count = write_units(tmp_path, 32, 1 << 16, 256, range(32))
+    read, write = os.pipe()
+
+    def status(field):
+        return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+
+    def work():
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        write_contexts(tmp_path, count)
+        os.write(write, f"{status('VmHWM') - before}".encode())
+
+    process = small.forked(work)
+    process.join()
+    assert process.exitcode == 0
+    assert int(os.read(read, 100)) < 24 * count
+    os.close(read)
+    os.close(write)
 
 
 def test_a_model_on_the_fly_counts_special_tokens_apart(tmp_path):
