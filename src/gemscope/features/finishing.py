@@ -219,15 +219,16 @@ def _tokens(into: Path, loaded: Loaded, config: IndexConfig, gemma: Gemma | None
         records[f"{field}_by"][:, : ranked.ids.shape[1]] = ranked.values
     n = loaded.dictionary.n_positions
     if n > 1:
-        outs = np.zeros((len(records), n, config.promoted), dtype=[("token", "<i4"), ("by", "<f4")])
-        outs["token"] = -1
+        outs = np.zeros((len(records), n, config.promoted), layout.OUTPUT)
+        outs["token"] = outs["low_token"] = -1
         layer = np.arange(len(records)) // loaded.dictionary.d_sae
         for out in range(n):
             if (found := effects.promoted(gemma, loaded, config.promoted, out)) is not None:
                 written = np.flatnonzero(layer <= out)
-                width = found[0].ids.shape[1]
-                outs["token"][written, out, :width] = found[0].ids.numpy()[written]
-                outs["by"][written, out, :width] = found[0].values.numpy()[written]
+                for of, ranked in zip(("", "low_"), found, strict=True):
+                    width = ranked.ids.shape[1]
+                    outs[f"{of}token"][written, out, :width] = ranked.ids.numpy()[written]
+                    outs[f"{of}by"][written, out, :width] = ranked.values.numpy()[written]
         layout.save(into / "outputs.npy", outs)
 
 
@@ -240,9 +241,12 @@ def _write_database(
     )
     used = set(np.unique(tokens).tolist())
     for name in dictionaries:
-        records = layout.load(folder / "dictionaries" / name / "latents.npy")
-        used |= {i for field in ("promoted", "suppressed") for i in np.unique(records[field]).tolist() if i >= 0}
-    pieces = _pieces(gemma, sorted(used))
+        place = folder / "dictionaries" / name
+        arrays = [layout.load(path) for path in (place / "latents.npy", place / "outputs.npy") if path.is_file()]
+        for array in arrays:
+            fields = {"promoted", "suppressed", "token", "low_token"}.intersection(array.dtype.names or ())
+            used |= {i for field in fields for i in np.unique(array[field]).tolist()}
+    pieces = _pieces(gemma, sorted(used - {-1}))
     save_pieces(folder, pieces)
     first = 0
     for name, loaded in dictionaries.items():

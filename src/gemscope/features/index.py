@@ -212,9 +212,8 @@ class FeatureIndex:
             histogram=self._histogram(parts, record),
             promoted=_shifts(record["promoted"], record["promoted_by"], spelled),
             suppressed=_shifts(record["suppressed"], record["suppressed_by"], spelled),
-            by_output=()
-            if parts.outputs is None
-            else tuple(_shifts(one["token"], one["by"], spelled) for one in parts.outputs[found.latent]),
+            by_output=_by_output(parts, found.latent, "", spelled),
+            suppressed_by_output=_by_output(parts, found.latent, "low_", spelled),
             nearest=self._relatives(found.dictionary, record["nearest"], record["cosine"]),
             elsewhere=tuple(
                 Relative(f"{self.names[which]}/{latent}", float(value))
@@ -268,7 +267,8 @@ class FeatureIndex:
         """Spellings of every token on the page, in one question."""
         ids = {*record["promoted"].tolist(), *record["suppressed"].tolist()}
         if parts.outputs is not None:
-            ids |= set(parts.outputs[latent]["token"].reshape(-1).tolist())
+            names = {"token", "low_token"}.intersection(parts.outputs.dtype.names or ())
+            ids |= {i for name in names for i in parts.outputs[latent][name].reshape(-1).tolist()}
         return self.pieces.of(ids.union(*(span.ids for span in spans)))
 
     def _relatives(self, name: str, ids: Any, values: Any, counts: Any = None) -> tuple[Relative, ...]:
@@ -288,6 +288,14 @@ def _example(
             values[token + distance - low] = one
     shown = tuple(words[low - span.start : high - span.start])
     return Example(shown, tuple(values), token - low, value, span.special, span.doc, low - span.first)
+
+
+def _by_output(
+    parts: Latents, latent: int, of: str, spelled: Mapping[int, str]
+) -> tuple[tuple[tuple[str, float], ...], ...]:
+    if parts.outputs is None or f"{of}token" not in (parts.outputs.dtype.names or ()):
+        return ()
+    return tuple(_shifts(one[f"{of}token"], one[f"{of}by"], spelled) for one in parts.outputs[latent])
 
 
 def _shifts(ids: Any, by: Any, spelled: Mapping[int, str]) -> tuple[tuple[str, float], ...]:
