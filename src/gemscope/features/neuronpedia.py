@@ -333,15 +333,14 @@ def _kind_of(source: Mapping[str, Any]) -> dict[str, Any]:
 def _read_source(place: Path, words: _Words, contexts: FoundContexts) -> dict[int, FoundLatent]:
     activations: dict[int, list[dict[str, Any]]] = {}
     labels: dict[int, list[Label]] = {}
-    for row in _read_all(place / "activations"):
-        activations.setdefault(int(row["index"]), []).append(row)
-    for row in _read_all(place / "explanations"):
+    for latent, row in _read_all(place / "activations"):
+        activations.setdefault(latent, []).append(row)
+    for latent, row in _read_all(place / "explanations", "description"):
         about = {key: row.get(key) for key in ("explanationModelName", "notes") if row.get(key) is not None}
         text, kind = str(row["description"]), str(row.get("typeName") or "imported")
-        labels.setdefault(int(row["index"]), []).append(Label(0, text, kind, None, about or None))
+        labels.setdefault(latent, []).append(Label(0, text, kind, None, about or None))
     found: dict[int, FoundLatent] = {}
-    for row in _read_all(place / "features"):
-        latent = int(row["index"])
+    for latent, row in _read_all(place / "features"):
         try:
             found[latent] = _latent(row, activations.pop(latent, []), labels.get(latent, []), words, contexts)
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -396,9 +395,15 @@ def _example(row: Mapping[str, Any], words: _Words, contexts: FoundContexts) -> 
     return FoundExample(start + at, float(values[at]), near)
 
 
-def _read_all(folder: Path) -> Iterator[dict[str, Any]]:
+def _read_all(folder: Path, *needed: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(latent, row) of every row; raises FormatError for one without its latent's number or a field that is needed."""
     for path in sorted(folder.glob("*.jsonl*"), key=lambda one: [int(n) for n in re.findall(r"\d+", one.name)]):
-        yield from _read_lines(path)
+        for number, row in enumerate(_read_lines(path), 1):
+            lacking = [name for name in ("index", *needed) if row.get(name) is None]
+            if lacking or not str(row["index"]).isdecimal():
+                wrong = f"no {' and '.join(lacking)}" if lacking else f"the index {row['index']!r}, which is no latent"
+                raise FormatError(f"row {number} of {path} has {wrong}; fetch the bundle again.")
+            yield int(row["index"]), row
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -231,6 +231,26 @@ def test_a_bundle_of_their_own_is_read(tmp_path):
         import_bundle(tmp_path / "again", tmp_path / "i")
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("explanations", {"description": None}, "row 1 of .*explanations.* has no description; fetch"),
+        ("explanations", {"index": "x"}, "has the index 'x', which is no latent; fetch"),
+        ("activations", {"index": None}, "row 1 of .*activations.* has no index; fetch"),
+        ("features", {"index": "-1"}, "has the index '-1', which is no latent; fetch"),
+    ],
+)
+def test_a_row_of_a_bundle_without_its_parts_is_named(tmp_path, kind, change, said):
+    place = tmp_path / "v1" / "gemma-3-4b-it" / "12-gemmascope-2-res-16k"
+    for name, rows in theirs().items():
+        (place / name).mkdir(parents=True)
+        changed = [{**row, **(change if name == kind else {})} for row in rows]
+        kept = [{key: value for key, value in row.items() if value is not None} for row in changed]
+        (place / name / "batch-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with pytest.raises(FormatError, match=said):
+        import_bundle(tmp_path / "v1", tmp_path / "i")
+
+
 def test_examples_of_gemma_scope_2_are_written_and_read_back(made, tmp_path):
     model, built, _ = made
     export_examples(built, "resid_post.2", tmp_path / "out")
