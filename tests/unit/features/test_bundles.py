@@ -226,6 +226,8 @@ def test_a_bundle_of_their_own_is_read(tmp_path):
     loaded = {"a": Loaded(sae, DictionaryConfig.of(sae, Site("resid_post", 2), model="tiny"))}
     with pytest.raises(OccupiedError, match="an index that was imported; choose another folder with --out"):
         index(built.folder, LiveRows(model, [model.tokens("hello")]), loaded, CONFIG, gemma=model)
+    with pytest.raises(InputError, match="are strings, not a model's"):
+        export_examples(built, "12-gemmascope-2-res-16k", tmp_path / "examples")
     with pytest.raises(InputError, match="not empty"):
         export_bundle(built, tmp_path / "again")
         import_bundle(tmp_path / "again", tmp_path / "i")
