@@ -36,14 +36,21 @@ def writing(folder: Path, index: int, count: int) -> Generator[None]:
 
 
 @contextmanager
-def _locked(folder: Path, path: Path, *, alone: bool) -> Generator[None]:
+def finishing(folder: Path) -> Generator[None]:
+    """Wait until nobody is ``writing`` in a folder, and hold it alone."""
+    with _locked(folder, folder / FOLDER / "store", alone=True, wait=True):
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, path: Path, *, alone: bool, wait: bool = False) -> Generator[None]:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise storage_error(path, error) from error
     try:
         try:
-            fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             if error.errno in _REFUSED:
                 who = path.read_text().strip() or "another process"

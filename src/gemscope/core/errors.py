@@ -3,6 +3,7 @@
 GemscopeError                  anything below; exit code 2
 ├── InputError                 the text, option or value that was given
 │   ├── SiteError              no such place in the model
+│   ├── OccupiedError          the folder holds something else already
 │   └── ContextLengthError     text longer than the model can read
 ├── ModelError                 a model cannot be had
 │   ├── ModelNotFoundError     no such folder, hub id or built-in name
@@ -34,6 +35,10 @@ class InputError(GemscopeError):
 
 class SiteError(InputError):
     """The site or layer does not exist in this model."""
+
+
+class OccupiedError(InputError):
+    """The folder holds something else, which is left as it is."""
 
 
 class ContextLengthError(InputError):

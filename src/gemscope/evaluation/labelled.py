@@ -90,7 +90,7 @@ def from_jsonl(gemma: Gemma, path: Path | str) -> tuple[list[Tokens], ConceptLab
     found: list[tuple[Tokens, list[tuple[int, int, str]]]] = []
     passages: set[str] = set()
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise FormatError(f"cannot read {path} ({error}); give a JSONL file in UTF-8.") from error
     for number, line in enumerate(lines, 1):

@@ -103,6 +103,10 @@ class Rows(Protocol):
         """What is read, as plain JSON values."""
         ...
 
+    def width(self, site: Site) -> int:
+        """Of the activations at a site; raises InputError where there are none."""
+        ...
+
     def blocks(self, unit: int, sites: Sequence[Site]) -> Iterator[Block]:
         """The blocks of a unit, in a fixed order."""
         ...
@@ -122,6 +126,10 @@ class StoreRows:
         """The plan's identity and the store's size."""
         plan = self._store.plan
         return {"kind": "store", "name": self._store.place.name, "rows": self.rows, "config": dict(plan.config)}
+
+    def width(self, site: Site) -> int:
+        """As the store says."""
+        return self._store.width(site)
 
     def blocks(self, unit: int, sites: Sequence[Site]) -> Iterator[Block]:
         """One block a bucket."""
@@ -168,6 +176,10 @@ class SetRows:
         """How the rows were made."""
         return {"kind": "set", "rows": self.rows, "about": dict(self._set.about)}
 
+    def width(self, site: Site) -> int:
+        """As the set says."""
+        return self._set.width(site)
+
     def blocks(self, unit: int, sites: Sequence[Site]) -> Iterator[Block]:
         """One block."""
         at = slice(self._bounds[unit], self._bounds[unit + 1])
@@ -195,6 +207,10 @@ class LiveRows:
     def describe(self) -> dict[str, Any]:
         """The model and the number of documents."""
         return {"kind": "live", "model": self._gemma.name, "documents": len(self._items), "rows": self.rows}
+
+    def width(self, site: Site) -> int:
+        """As the model says."""
+        return self._gemma.width(site)
 
     @torch.no_grad()
     def blocks(self, unit: int, sites: Sequence[Site]) -> Iterator[Block]:

@@ -13,11 +13,19 @@ from gemscope.activations import locks
 from gemscope.activations.cluster import RayConfig, spread
 from gemscope.activations.harvesting import Slice
 from gemscope.artifacts.config import Loaded
-from gemscope.core.errors import InputError
 from gemscope.features.blocks import Rows
 from gemscope.features.config import IndexConfig
 from gemscope.features.index import FeatureIndex, index
-from gemscope.features.passing import Counter, Progress, check_plan, counted_units, plan_of
+from gemscope.features.passing import (
+    Counter,
+    Progress,
+    check_dictionaries,
+    check_plan,
+    counted_units,
+    is_finished,
+    missing_units,
+    plan_of,
+)
 from gemscope.models.gemma import Gemma
 
 
@@ -64,12 +72,11 @@ def index_on_ray(
     reached, and the errors of ``index``.
     """
     folder, config = Path(folder).resolve(), config or IndexConfig()
-    if not (folder / "index.json").is_file():
-        if not dictionaries or not rows.units:
-            raise InputError(f"nothing to index: {len(dictionaries)} dictionaries, {rows.units} units of rows.")
+    check_dictionaries(rows, dictionaries)
+    if not is_finished(folder):
         with locks.writing(folder, 0, 1):
             check_plan(folder, plan_of(rows, dictionaries, config))
-            missing = sorted(set(range(rows.units)) - counted_units(folder))
+            missing = missing_units(folder, range(rows.units))
             if missing:
                 _count(folder, rows, dictionaries, config, missing, ray_config, progress)
     made = index(folder, rows, dictionaries, config, gemma=gemma)

@@ -71,6 +71,8 @@ class Feature:
     """(token, change of its logit per unit of activation, up to one positive factor)."""
     by_output: tuple[tuple[tuple[str, float], ...], ...]
     """Of a multi-layer kind: promoted tokens by output layer."""
+    suppressed_by_output: tuple[tuple[tuple[str, float], ...], ...]
+    """Those suppressed; empty in an index that was made before they were kept."""
     nearest: tuple[Relative, ...]
     elsewhere: tuple[Relative, ...]
     """By decoder cosine: in the same dictionary, in all others."""

@@ -1,4 +1,4 @@
-"""Histograms of activations on one fixed scale, so that parts of a pass add up; and quantile groups read off them.
+"""Histograms of activations on one fixed scale, so that parts of a pass add up; and quantile groups.
 
 Eight bins an octave from 2**-12 to 2**20: a bin is a stretch of float32 values with the same exponent and the same
 first three bits of the fraction. What lies outside counts in the first or last bin.
@@ -47,11 +47,24 @@ def columns(bars: Sequence[tuple[float, int]], most: int) -> list[int]:
     return np.bincount(place // merged, weights=[count for _, count in bars]).astype(np.int64).tolist()
 
 
-def groups_of_bins(counts: Int[Tensor, "latents bins"], groups: int) -> Int[Tensor, "latents bins"]:
-    """Quantile group of every bin: group g of G holds the bins whose middle activation is in [g/G, (g+1)/G) of all.
+def groups_of_sample(
+    counts: Int[Tensor, "latents bins"], values: Float[Tensor, "latents sample"], groups: int
+) -> Int[Tensor, "latents sample"]:
+    """Quantile group of each value of a random sample; -1 where it is 0, which is none.
 
-    All activations of a bin are in one group, so a group holds its share to within half of each bin at its ends.
+    Group g of G holds the activations with a share in [g/G, (g+1)/G) of all below them, half of those that equal them
+    counted. What lies in lower bins is known; within a bin the sampled values stand for all of it, so the groups are
+    exact where the sample holds every activation or a bin no two that differ.
     """
+    none = values <= 0
+    ordered = values.masked_fill(none, torch.inf).sort(dim=1).values
+    bins = bin_of(ordered.reshape(-1)).view(values.shape).masked_fill(ordered.isinf(), BINS)
+    mine = bin_of(values.reshape(-1)).view(values.shape)
+    first, end = torch.searchsorted(bins, mine), torch.searchsorted(bins, mine, right=True)
+    middle = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True) - 2 * first
+    mine, twice = mine.long(), 2 * (end - first).clamp(min=1)
+    before = (counts.cumsum(1) - counts).gather(1, mine)
     total = counts.sum(1, keepdim=True).clamp(min=1)
-    before = counts.cumsum(1) - counts
-    return torch.div((2 * before + counts) * groups, 2 * total, rounding_mode="floor").clamp(max=groups - 1)
+    rank = twice * before + counts.gather(1, mine) * middle
+    group = torch.div(rank * groups, twice * total, rounding_mode="floor").clamp(max=groups - 1)
+    return group.masked_fill(none, -1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gemscope.activations import locks
 from gemscope.activations.harvesting import Slice
 from gemscope.artifacts.config import Loaded
 from gemscope.core.errors import FormatError, InputError
@@ -21,7 +22,15 @@ from gemscope.features.contexts import Contexts, Span
 from gemscope.features.database import Database, Label
 from gemscope.features.feature import Example, Feature, FeatureId, Relative
 from gemscope.features.finishing import finish
-from gemscope.features.passing import Progress, count_units, plan_of, whole
+from gemscope.features.passing import (
+    Progress,
+    check_dictionaries,
+    check_plan,
+    count_units,
+    is_finished,
+    plan_of,
+    whole,
+)
 from gemscope.features.pieces import Pieces
 from gemscope.features.spelling import Reader
 from gemscope.models.gemma import Gemma
@@ -40,15 +49,20 @@ def index(
     """Index ``dictionaries`` (name -> dictionary) over ``rows`` in ``folder``, or what is missing of that, or a slice.
 
     ``gemma`` is needed for promoted tokens and spellings. The result depends on rows, dictionaries and config only, not
-    on slices, interruptions or resumes; None while other slices have not done theirs. Raises InputError for another
-    index in that folder, StorageError when the disk is full.
+    on slices, interruptions or resumes; None while other slices have not done theirs. Raises OccupiedError for another
+    index in that folder, InputError for dictionaries of other rows, StorageError when the disk is full.
     """
     folder, config = Path(folder), config or IndexConfig()
-    if (folder / "index.json").is_file() and read_json(folder / "plan.json") == plan_of(rows, dictionaries, config):
-        return FeatureIndex.open(folder)
-    if not count_units(folder, rows, dictionaries, config, share=share, progress=progress):
+    check_dictionaries(rows, dictionaries)
+    if is_finished(folder):
+        check_plan(folder, plan_of(rows, dictionaries, config))
+    elif not count_units(folder, rows, dictionaries, config, share=share, progress=progress):
         return None
-    finish(folder, whole(folder, dictionaries, config, rows), dictionaries, config, gemma, rows.describe())
+    else:
+        with locks.finishing(folder):
+            if not is_finished(folder):  # by a slice that ended at the same time
+                part = whole(folder, dictionaries, config, rows)
+                finish(folder, part, dictionaries, config, gemma, rows.describe())
     return FeatureIndex.open(folder)
 
 
@@ -202,9 +216,8 @@ class FeatureIndex:
             histogram=self._histogram(parts, record),
             promoted=_shifts(record["promoted"], record["promoted_by"], spelled),
             suppressed=_shifts(record["suppressed"], record["suppressed_by"], spelled),
-            by_output=()
-            if parts.outputs is None
-            else tuple(_shifts(one["token"], one["by"], spelled) for one in parts.outputs[found.latent]),
+            by_output=_by_output(parts, found.latent, "", spelled),
+            suppressed_by_output=_by_output(parts, found.latent, "low_", spelled),
             nearest=self._relatives(found.dictionary, record["nearest"], record["cosine"]),
             elsewhere=tuple(
                 Relative(f"{self.names[which]}/{latent}", float(value))
@@ -261,7 +274,8 @@ class FeatureIndex:
         """Spellings of every token on the page, in one question."""
         ids = {*record["promoted"].tolist(), *record["suppressed"].tolist()}
         if parts.outputs is not None:
-            ids |= set(parts.outputs[latent]["token"].reshape(-1).tolist())
+            names = {"token", "low_token"}.intersection(parts.outputs.dtype.names or ())
+            ids |= {i for name in names for i in parts.outputs[latent][name].reshape(-1).tolist()}
         return self.pieces.of(ids.union(*(span.ids for span in spans)))
 
     def _relatives(self, name: str, ids: Any, values: Any, counts: Any = None) -> tuple[Relative, ...]:
@@ -281,6 +295,14 @@ def _example(
             values[token + distance - low] = one
     shown = tuple(words[low - span.start : high - span.start])
     return Example(shown, tuple(values), token - low, value, span.special, span.doc, low - span.first)
+
+
+def _by_output(
+    parts: Latents, latent: int, of: str, spelled: Mapping[int, str]
+) -> tuple[tuple[tuple[str, float], ...], ...]:
+    if parts.outputs is None or f"{of}token" not in (parts.outputs.dtype.names or ()):
+        return ()
+    return tuple(_shifts(one[f"{of}token"], one[f"{of}by"], spelled) for one in parts.outputs[latent])
 
 
 def _shifts(ids: Any, by: Any, spelled: Mapping[int, str]) -> tuple[tuple[str, float], ...]:

@@ -56,6 +56,9 @@ def latent_dtype(config: IndexConfig) -> np.dtype[Any]:
 EXAMPLE = np.dtype([("token", "<u4"), ("value", "<f4"), ("near", "<u2")])
 """One example: its place in the tokens, its activation, how many activations around it are kept."""
 
+OUTPUT = np.dtype([("token", "<i4"), ("by", "<f4"), ("low_token", "<i4"), ("low_by", "<f4")])
+"""A token that a latent promotes at one output layer, and one of those that it suppresses there."""
+
 NEAR = np.dtype([("at", "<i1"), ("value", "<u2")])
 """An activation around an example: distance in tokens, and the bits of a bfloat16."""
 

@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gemscope.artifacts.config import Loaded
 from gemscope.core.errors import FormatError, InputError
@@ -189,23 +189,42 @@ class _Source:
 
 
 def _bounds(index: FeatureIndex, name: str, latents: Sequence[int]) -> layout.Array:
-    """[latents, groups, 3]: lowest and highest activation of each group, and its share of all."""
-    parts, groups = index.latents(name), int(index.about["config"]["groups"])
+    """[latents, groups, 3]: lowest and highest activation of each group, and its share of all; 0 without examples."""
+    parts = index.latents(name)
     if parts.bounds is not None:
         return np.array(parts.bounds[list(latents)])
-    found, edges = np.zeros((len(latents), groups, 3)), histogram.edges().astype(np.float64)
+    found = np.zeros((len(latents), int(index.about["config"]["groups"]), 3))
     for at, latent in enumerate(latents):
         record = parts.records[latent]
-        bins = parts.bins[int(record["bins"]) : int(record["bins"]) + int(record["n_bins"])]
-        counts = torch.zeros(1, histogram.BINS, dtype=torch.long)
-        counts[0, torch.from_numpy(bins["bin"].astype(np.int64))] = torch.from_numpy(bins["count"].astype(np.int64))
-        group = histogram.groups_of_bins(counts, groups)[0].numpy()[bins["bin"]]
-        for number in range(groups):
-            mine = bins[group == number]
-            if len(mine):
-                share = mine["count"].sum() / max(int(counts.sum()), 1)
-                found[at, number] = edges[mine["bin"][0]], edges[int(mine["bin"][-1]) + 1], share
+        start = int(record["examples"]) + int(record["n_top"])
+        cuts = start + np.cumsum([0, *record["n_group"].tolist()])
+        values = [parts.examples[a:b]["value"].astype(np.float64) for a, b in pairwise(cuts.tolist())]
+        there = [group for group, one in enumerate(values) if len(one)]
+        if there:
+            bins = parts.bins[int(record["bins"]) : int(record["bins"]) + int(record["n_bins"])]
+            found[at, there] = _intervals(bins, {group: values[group] for group in there}, len(values))
     return found
+
+
+def _intervals(bins: layout.Array, values: Mapping[int, layout.Array], groups: int) -> list[tuple[float, float, float]]:
+    """Of some groups, from the activations of their examples: from where to where, and the share in between.
+
+    A group ends at its quantile, read off the histogram along a straight line within the bin; or at its own or the next
+    group's example where that would be on the wrong side.
+    """
+    edges, counts = histogram.edges().astype(np.float64), bins["count"].astype(np.int64)
+    low, high, below = edges[bins["bin"]], edges[bins["bin"].astype(np.int64) + 1], np.cumsum(counts) - counts
+    total, there = int(counts.sum()), list(values)
+    ends = [min(low[0], values[there[0]].min())]
+    for one, other in pairwise(there):
+        wanted = (one + 1) * total / groups
+        at = np.searchsorted(below + counts, wanted)
+        quantile = low[at] + (high[at] - low[at]) * (wanted - below[at]) / counts[at]
+        ends.append(float(np.clip(quantile, values[one].max(), values[other].min())))
+    ends.append(max(high[-1], values[there[-1]].max()))
+    shares = np.interp(ends, np.stack([low, high], 1).ravel(), np.stack([below, below + counts], 1).ravel() / total)
+    shares[0], shares[-1] = 0, 1
+    return list(zip(ends, ends[1:], np.diff(shares).tolist(), strict=False))
 
 
 def _activation(key: dict[str, str], id_: str, example: Example, bin_: Sequence[float]) -> dict[str, Any]:
@@ -314,15 +333,14 @@ def _kind_of(source: Mapping[str, Any]) -> dict[str, Any]:
 def _read_source(place: Path, words: _Words, contexts: FoundContexts) -> dict[int, FoundLatent]:
     activations: dict[int, list[dict[str, Any]]] = {}
     labels: dict[int, list[Label]] = {}
-    for row in _read_all(place / "activations"):
-        activations.setdefault(int(row["index"]), []).append(row)
-    for row in _read_all(place / "explanations"):
+    for latent, row in _read_all(place / "activations"):
+        activations.setdefault(latent, []).append(row)
+    for latent, row in _read_all(place / "explanations", "description"):
         about = {key: row.get(key) for key in ("explanationModelName", "notes") if row.get(key) is not None}
         text, kind = str(row["description"]), str(row.get("typeName") or "imported")
-        labels.setdefault(int(row["index"]), []).append(Label(0, text, kind, None, about or None))
+        labels.setdefault(latent, []).append(Label(0, text, kind, None, about or None))
     found: dict[int, FoundLatent] = {}
-    for row in _read_all(place / "features"):
-        latent = int(row["index"])
+    for latent, row in _read_all(place / "features"):
         try:
             found[latent] = _latent(row, activations.pop(latent, []), labels.get(latent, []), words, contexts)
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -377,16 +395,22 @@ def _example(row: Mapping[str, Any], words: _Words, contexts: FoundContexts) -> 
     return FoundExample(start + at, float(values[at]), near)
 
 
-def _read_all(folder: Path) -> Iterator[dict[str, Any]]:
+def _read_all(folder: Path, *needed: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(latent, row) of every row; raises FormatError for one without its latent's number or a field that is needed."""
     for path in sorted(folder.glob("*.jsonl*"), key=lambda one: [int(n) for n in re.findall(r"\d+", one.name)]):
-        yield from _read_lines(path)
+        for number, row in enumerate(_read_lines(path), 1):
+            lacking = [name for name in ("index", *needed) if row.get(name) is None]
+            if lacking or not str(row["index"]).isdecimal():
+                wrong = f"no {' and '.join(lacking)}" if lacking else f"the index {row['index']!r}, which is no latent"
+                raise FormatError(f"row {number} of {path} has {wrong}; fetch the bundle again.")
+            yield int(row["index"]), row
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        for line in text.splitlines():
+        for line in text.split("\n"):
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):

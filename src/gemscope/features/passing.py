@@ -2,12 +2,13 @@
 
 Notable:
 - a unit is whole once a state that contains it is there; whoever comes next does what is missing;
-- in memory are one block of rows, the tallies (about 7 KB a latent) and a chunk of codes: nothing grows with the text.
+- in memory are one block of rows, the tallies (14 KB a latent, merging included) and a chunk of codes: nothing grows
+  with the text.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from gemscope.activations import locks
 from gemscope.activations.harvesting import Slice
 from gemscope.artifacts.config import Loaded
 from gemscope.core.arrays import Float, Tensor
-from gemscope.core.errors import FormatError, InputError
+from gemscope.core.errors import FormatError, InputError, OccupiedError
 from gemscope.core.files import read_json, read_tensors, write_json, write_tensors
 from gemscope.core.sites import Site
 from gemscope.core.tensor_files import TensorFile
@@ -87,34 +88,50 @@ def count_units(
 ) -> bool:
     """Count the units of a slice that nobody has counted; whether all units of all slices are there now.
 
-    Raises InputError for another index in that folder, in progress or not, and for no rows or dictionaries.
+    Raises OccupiedError for another index in that folder, in progress or not.
     """
-    if not dictionaries or not rows.units:
-        raise InputError(f"nothing to index: {len(dictionaries)} dictionaries, {rows.units} units of rows.")
     share = share or Slice()
     with locks.writing(folder, share.index, share.count):
         check_plan(folder, plan_of(rows, dictionaries, config))
-        done = counted_units(folder)
-        missing = [unit for unit in share.of(rows.units) if unit not in done]
+        missing = missing_units(folder, share.of(rows.units))
         if missing:
             _count(Counter(folder, rows, dictionaries, config, share), missing, rows, progress)
-    return len(counted_units(folder)) == rows.units
+        return not missing_units(folder, range(rows.units))
+
+
+def check_dictionaries(rows: Rows, dictionaries: Mapping[str, Loaded]) -> None:
+    """Raises InputError where there is nothing to index, or rows that a dictionary does not read."""
+    if not dictionaries or not rows.units:
+        raise InputError(f"nothing to index: {len(dictionaries)} dictionaries, {rows.units} units of rows.")
+    for name, loaded in dictionaries.items():
+        for site in loaded.config.reads:
+            width, wanted = rows.width(site), loaded.dictionary.d_in
+            if width != wanted:
+                raise InputError(
+                    f"dictionary {name} reads {wanted} numbers of {site}, but the rows have {width}; give another one."
+                )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether an index is there as a whole."""
+    return (folder / "index.json").is_file()
 
 
 def check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Note the plan of a pass in its folder; raises InputError where another one is noted or something else lies."""
+    """Note the plan of a pass in its folder; raises OccupiedError where another one is noted or something else lies."""
     path = folder / "plan.json"
     if path.is_file():
         there = read_json(path)
         if there != plan:
             parts = [name for name in plan if there.get(name) != plan[name]]
-            raise InputError(
+            raise OccupiedError(
                 f"{folder} holds an index of other {' and '.join(parts) or 'things'}; choose another folder with --out."
             )
     else:
         there = [one.name for one in folder.iterdir() if not one.name.startswith(".")]
         if there and "plan.json" not in there:  # another slice may have written it just now
-            raise InputError(f"{folder} is not empty and holds no index; choose another folder with --out.")
+            held = "holds an index that was imported" if is_finished(folder) else "is not empty and holds no index"
+            raise OccupiedError(f"{folder} {held}; choose another folder with --out.")
         write_json(path, plan)
 
 
@@ -146,6 +163,12 @@ def counted_units(folder: Path) -> set[int]:
         with TensorFile(path) as file:
             found |= set(file.read("units").tolist())
     return found
+
+
+def missing_units(folder: Path, wanted: Iterable[int]) -> list[int]:
+    """Those of some units that are not counted yet; none of an index that is finished."""
+    done = counted_units(folder)
+    return [] if is_finished(folder) else [unit for unit in wanted if unit not in done]
 
 
 class Counter:

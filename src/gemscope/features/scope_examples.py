@@ -19,8 +19,10 @@ def export_examples(index: FeatureIndex, dictionary: str, folder: Path | str, *,
     """Write ``examples.safetensors`` with the strongest examples, promoted tokens and densities of a dictionary.
 
     A row of ``tokens`` is a context, filled up with ``pad``; ``logit_effects`` of single examples are not known to an
-    index and are NaN. Raises InputError for a dictionary that does not exist.
+    index and are NaN. Raises InputError for a dictionary that does not exist, and where tokens are strings.
     """
+    if index.about["spelling"] != "pieces":
+        raise InputError(f"the tokens of {index.folder} are strings, not a model's; write it in Neuronpedia's layout.")
     index.find_id(f"{dictionary}/0")
     parts = index.latents(dictionary)
     records = parts.records

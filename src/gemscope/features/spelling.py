@@ -13,7 +13,7 @@ def readable(pieces: Sequence[str]) -> list[str]:
     """
     if not any(piece.startswith("<0x") for piece in pieces):
         return [piece.replace("▁", " ") for piece in pieces]
-    text, spans = spelled(pieces)
+    text, spans = spelled(pieces, part=True)
     found, done = list[str](), 0
     for start, end in spans:
         found.append(text[start:end] if start >= done else "")

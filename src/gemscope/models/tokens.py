@@ -28,6 +28,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _TEMPLATE = re.compile(f"{re.escape(START_OF_TURN)}(?:user|model)(?:\n|\\Z)|{re.escape(END_OF_TURN)}\n")
 _MARKER = re.compile(f"{re.escape(START_OF_TURN)}|{re.escape(END_OF_TURN)}")
 _SPACE = "▁"
+_STRAY = re.compile("[\udc80-\udcff]")
 
 Span = tuple[int, int]
 
@@ -250,9 +251,12 @@ def collate(items: Sequence[Tokens], pad_id: int, side: Literal["right", "left"]
     return Batch(ids=ids, mask=mask, items=tuple(items), side=side)
 
 
-def spelled(pieces: Sequence[str]) -> tuple[str, list[Span]]:
+def spelled(pieces: Sequence[str], *, part: bool = False) -> tuple[str, list[Span]]:
     """The text that the vocabulary's spellings make, and the span of each; bytes that are no valid UTF-8 become U+FFFD
     each.
+
+    Of a run of bytes that is not valid the tokenizer's own decoder makes nothing else. With ``part`` the pieces are cut
+    out of a text: the characters that are whole are kept.
     """
     text, offsets, start = "", list[Span](), 0
     while start < len(pieces):
@@ -260,7 +264,7 @@ def spelled(pieces: Sequence[str]) -> tuple[str, list[Span]]:
         while stop < len(pieces) and _BYTE.fullmatch(pieces[stop]):
             stop += 1
         if stop > start:
-            chars, owner = _join_bytes([int(piece[3:5], 16) for piece in pieces[start:stop]])
+            chars, owner = _join_bytes([int(piece[3:5], 16) for piece in pieces[start:stop]], part)
             offsets += [(len(text) + at, len(text) + at + 1) for at in owner]
             text, start = text + chars, stop
             continue
@@ -270,13 +274,13 @@ def spelled(pieces: Sequence[str]) -> tuple[str, list[Span]]:
     return text, offsets
 
 
-def _join_bytes(values: Sequence[int]) -> tuple[str, list[int]]:
+def _join_bytes(values: Sequence[int], part: bool) -> tuple[str, list[int]]:
     """The characters a run of bytes spells, and for each byte the index of its character."""
-    try:
-        chars = bytes(values).decode("utf-8")
-    except UnicodeDecodeError:
+    chars = bytes(values).decode("utf-8", "surrogateescape")  # a byte of no character becomes half a surrogate pair
+    known = _STRAY.sub("\ufffd", chars)
+    if known != chars and not part:
         return "\ufffd" * len(values), list(range(len(values)))
-    return chars, [at for at, char in enumerate(chars) for _ in char.encode("utf-8")]
+    return known, [at for at, char in enumerate(chars) for _ in char.encode("utf-8", "surrogateescape")]
 
 
 def _spans(text: str, pieces: Sequence[str]) -> list[Span]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gemscope.artifacts import native
 from gemscope.artifacts.config import Loaded
-from gemscope.core.errors import FormatError, InputError
+from gemscope.core.errors import FormatError, OccupiedError
 from gemscope.core.files import read_json, write_json
 from gemscope.core.sites import Site
 from gemscope.evaluation.concepts import FOUND_AUROC, ConceptReport
@@ -61,7 +61,7 @@ def build_index(
     found, place = dictionaries_of(folder, sites, others), index_folder(folder)
     try:
         built = index(place, rows, found, gemma=gemma, progress=progress)
-    except InputError:  # of something else: what a changed suite leaves behind
+    except OccupiedError:  # what a changed suite leaves behind
         shutil.rmtree(place)
         built = index(place, rows, found, gemma=gemma, progress=progress)
     assert built is not None

@@ -1,5 +1,6 @@
 """find, feature, steer and index on a whole suite of the tiny model, as a user types them."""
 
+import gzip
 import json
 import shutil
 
@@ -7,15 +8,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from gemscope.activations.store import Store
+from gemscope.artifacts import native
+from gemscope.artifacts.config import DictionaryConfig
+from gemscope.artifacts.examples import Examples
 from gemscope.cli.main import app
 from gemscope.core.errors import InputError
 from gemscope.features.database import Label, add_labels
+from gemscope.core.sites import Site
+from gemscope.features.config import IndexConfig
 from gemscope.features.index import FeatureIndex
 from gemscope.features.meaning import TextModel, by_meaning
 from gemscope.features.steering import Steer, interventions, selection
 from gemscope.models.gemma import Gemma
 from gemscope.suites.indexing import dictionaries_of, open_index
 from gemscope.suites.suite import Suite
+from unit.activations import small
+from unit.dictionaries.zoo import random_dictionary
 
 
 @pytest.fixture
@@ -140,9 +149,87 @@ def test_each_feature_can_be_steered_in_its_own_mode(run, tiny_suite):
         assert expected in run("steer", "the", "-f", one + bad, code=2)
 
 
-def test_a_suites_index_is_written_as_a_bundle_and_read(run, tmp_path):
-    run("index", "--to", str(tmp_path / "bundle"), "--out", str(tmp_path / "none"))
+def test_a_suites_index_is_written_as_a_bundle_and_read(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("index", "--to", str(tmp_path / "bundle"))
     (source,) = (tmp_path / "bundle" / "v1").glob("*/1-gemscope-resid-post")
-    done = CliRunner().invoke(app, ["index", "--from", str(source), "--out", str(tmp_path / "read")])
-    assert done.exit_code == 0, done.output
+    call("index", "--from", source, "--out", tmp_path / "read")
     assert FeatureIndex.open(tmp_path / "read").names == ("1-gemscope-resid-post",)
+    said = call("index", "--to", tmp_path / "more", "--out", tmp_path / "none", code=2)
+    assert "there is no index in" in said
+    assert not (tmp_path / "more").exists()
+    call("index", "--to", tmp_path / "more", "--out", tmp_path / "read")
+    shutil.copytree(tmp_path / "read", tmp_path / "index")  # made without --out
+    call("index", "--to", tmp_path / "again")
+    assert list((tmp_path / "more").rglob("*.gz"))
+    assert [p.name for p in (tmp_path / "more" / "v1").glob("*/*")] == [
+        p.name for p in (tmp_path / "again" / "v1").glob("*/*")
+    ]
+
+
+def call(*words, code=0):
+    """A command of its own."""
+    done = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "80"})
+    assert done.exit_code == code, (done.output, done.exception)
+    return " ".join(done.output.split())
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory, tiny_folder):
+    """A store, a dictionary ``sae``, and an index made by the command, with sizes of its own."""
+    folder = tmp_path_factory.mktemp("indexed")
+    small.store(folder / "store", source=small.corpus(20))
+    sae = random_dictionary("sae", d_in=24, d_sae=20, dtype=torch.float32)
+    native.save(folder / "sae", sae, DictionaryConfig.of(sae, Site("resid_post", 0), model="tiny"))
+    sizes = ("--top", 3, "--groups", 2, "--per-group", 1, "--sample", 9, "--window", 4, "--seed", 5)
+    words = ("--store", folder / "store", "-d", folder / "sae", "--model", tiny_folder, "--out", folder / "index")
+    call("index", *words, *sizes)
+    return folder
+
+
+def test_an_index_has_the_sizes_that_are_asked_for(indexed):
+    made = FeatureIndex.open(indexed / "index")
+    asked = IndexConfig(top=3, groups=2, per_group=1, sample=9, window=4, seed=5)
+    assert made.about["config"] == asked.as_dict()
+    pages = [made.feature(f"sae/{latent}") for latent in range(20)]
+    assert max(len(page.top) for page in pages) == 3
+    assert max(len(group) for page in pages for group in page.groups) == 1
+    assert all(len(page.groups) == 2 for page in pages)
+
+
+def test_a_bundle_has_the_directions_of_dictionaries_that_are_named(indexed, tmp_path):
+    call("index", "--out", indexed / "index", "--to", tmp_path / "with", "-d", indexed / "sae")
+    (path,) = (tmp_path / "with").rglob("features/*.gz")
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().split("\n") if line]
+    W = random_dictionary("sae", d_in=24, d_sae=20, dtype=torch.float32).W_dec
+    torch.testing.assert_close(torch.tensor([row["vector"] for row in rows]), W.detach())
+    assert all(row["hasVector"] for row in rows)
+    shutil.copytree(indexed / "sae", tmp_path / "other")
+    said = call("index", "--out", indexed / "index", "--to", tmp_path / "no", "-d", tmp_path / "other", code=2)
+    assert "the index has no dictionary other; it has sae." in said
+
+
+def test_examples_of_gemma_scope_2_are_written_and_read(indexed, tiny_folder, tmp_path):
+    call("index", "--out", indexed / "index", "--to", tmp_path / "out", "--examples")
+    assert Examples.open(tmp_path / "out" / "sae").d_sae == 20
+    assert "give its model with --model" in call("index", "--from", tmp_path / "out" / "sae", code=2)
+    read = ("index", "--from", tmp_path / "out" / "sae", "--out", tmp_path / "read", "--model", tiny_folder)
+    call(*read, "--top", 2)
+    one, two = FeatureIndex.open(indexed / "index"), FeatureIndex.open(tmp_path / "read")
+    for latent in range(20):
+        ours, theirs = (index.feature(f"sae/{latent}", before=None, after=None) for index in (one, two))
+        assert [(e.tokens[e.marked], e.value) for e in ours.top[:2]] == [
+            (e.tokens[e.marked], e.value) for e in theirs.top
+        ]
+
+
+def test_a_store_is_indexed_with_the_revision_of_its_model(indexed, tmp_path, monkeypatch):
+    asked = []
+    opened = Store.open(indexed / "store")
+    opened.plan.config.update(model="google/gemma-3-1b-pt", revision="abc")
+    monkeypatch.setattr(Store, "open", lambda *_, **__: opened)
+    monkeypatch.setattr(Gemma, "load", lambda name, revision=None, **_: asked.append((name, revision)) or small.model())
+    words = ("index", "--store", indexed / "store", "-d", indexed / "sae")
+    call(*words, "--out", tmp_path / "a")
+    call(*words, "--out", tmp_path / "b", "--model", "other")
+    assert asked == [("google/gemma-3-1b-pt", "abc"), ("other", None)]

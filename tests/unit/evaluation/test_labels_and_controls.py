@@ -52,6 +52,13 @@ def test_rule_labels_mark_tokens_and_repeats(model):
     assert not repeats[0]
 
 
+def test_a_line_ends_with_a_newline_and_nothing_else(model, tmp_path):
+    texts = ["Paris\u2028and\u2029Lyon\x85hello", "the capital"]
+    lines = [json.dumps({"text": text, "label": "a"}, ensure_ascii=False) for text in texts]
+    (tmp_path / "lines.jsonl").write_text("\r\n".join(lines), "utf-8")
+    assert [item.text for item in from_jsonl(model, tmp_path / "lines.jsonl")[0]] == texts
+
+
 def test_a_user_s_spans_become_labels_with_parents(model, tmp_path):
     path = tmp_path / "spans.jsonl"
     one = {"text": "hello Paris and Lyon", "spans": [{"start": 6, "end": 11, "label": "place/city"}]}

@@ -1,6 +1,7 @@
 """What an index must hold, counted the slow way: number by number, in plain Python."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from typing import Any
 
@@ -65,12 +66,12 @@ def counted(
     return found
 
 
-def group_of(histogram: dict[int, int], groups: int) -> dict[int, int]:
-    """Quantile group of each bin: where its middle activation stands among all."""
-    total, before, found = sum(histogram.values()), 0, {}
-    for number, count in sorted(histogram.items()):
-        found[number] = min(int((before + count / 2) / total * groups + 1e-12), groups - 1)
-        before += count
+def groups_of(values: list[float], groups: int) -> dict[float, int]:
+    """Quantile group of each activation among all: where the middle of those that equal it stands."""
+    order, found = sorted(values), {}
+    for value in set(values):
+        middle = (bisect_left(order, value) + bisect_right(order, value)) * groups
+        found[value] = min(middle // (2 * len(order)), groups - 1)
     return found
 
 

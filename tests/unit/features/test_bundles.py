@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from gemscope.artifacts.config import DictionaryConfig, Loaded
 from gemscope.artifacts.examples import Examples
-from gemscope.core.errors import FormatError, InputError
+from gemscope.core.errors import FormatError, InputError, OccupiedError
 from gemscope.core.sites import Site
 from gemscope.features.blocks import LiveRows
 from gemscope.features.config import IndexConfig
@@ -20,6 +21,9 @@ from gemscope.features.scope_examples import export_examples, import_examples
 from unit.dictionaries.zoo import random_dictionary
 from unit.models.tiny_gemma import TEXTS, gemma
 
+LONG = "大阪は日本の都市です。東京は日本の首都です。京都は古い都です。🙂"
+"""A run of byte tokens much longer than the window around an example and what is read beside it."""
+ALL = (*TEXTS, "🙂🙂 like über", "Paris 🙂 is long", "today we like 🙂", LONG, "we\u2028like\x85Paris\u2029today")
 CONFIG = IndexConfig(top=4, groups=3, per_group=2, sample=30, window=3, promoted=4)
 
 # As the bulk export publishes them; what its own exporter leaves out may be missing.
@@ -47,7 +51,7 @@ LEFT_OUT = {
 def made(tmp_path_factory):
     """An index of the tiny model over texts with characters of several bytes."""
     model = gemma("gemma3")
-    items = [model.tokens(text) for text in (*TEXTS, "🙂🙂 like über", "Paris 🙂 is long", "today we like 🙂")]
+    items = [model.tokens(text) for text in ALL]
     sae = random_dictionary("sae", d_in=24, d_sae=20, dtype=torch.float32)
     clt = random_dictionary("clt", d_in=24, d_out=24, d_sae=5, n=4, dtype=torch.float32)
     reads, writes = ([Site(name, layer) for layer in range(4)] for name in ("mlp_in", "mlp_out"))
@@ -63,7 +67,7 @@ def made(tmp_path_factory):
 
 
 def lines(path):
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().split("\n") if line]
 
 
 def batches(folder, kind):
@@ -99,12 +103,52 @@ def test_the_export_has_the_published_fields(made, tmp_path):
         assert low == high == -1 or low <= row["values"][row["qualifyingTokenIndex"]] <= high
 
 
+def test_the_intervals_of_the_groups_share_all_activations_out(made, tmp_path):
+    model, built, loaded = made
+    export_bundle(built, tmp_path)
+    items = [model.tokens(text) for text in ALL]
+    acts = torch.cat([model.capture(one, ["resid_post.2"])["resid_post.2"][0][one.content_mask] for one in items])
+    acts = loaded["resid_post.2"].dictionary.encode(acts).detach()
+    rows = [row for row in batches(tmp_path, "activations") if row["layer"].startswith("2-") and row["binMin"] != -1]
+    checked = 0
+    for latent in range(20):
+        mine = [row for row in rows if row["index"] == str(latent)]
+        groups = sorted({(row["binMin"], row["binMax"], row["binContains"]) for row in mine})
+        if not groups:
+            continue
+        active = acts[:, latent][acts[:, latent] > 0]
+        assert groups[0][0] <= active.min() < active.max() <= groups[-1][1]
+        assert sum(share for *_, share in groups) == pytest.approx(1)
+        for (_, high, _), (low, _, _) in pairwise(groups):
+            assert high == low
+        for low, high, share in groups:
+            true = ((active >= low) & (active <= high)).float().mean()
+            assert share == pytest.approx(float(true), abs=0.25)
+            checked += abs(share - float(true)) < 0.1
+    assert checked > 25
+
+
 def test_characters_of_several_bytes_are_whole_and_pieces_make_the_text(made, tmp_path):
     _, built, _ = made
     export_bundle(built, tmp_path)
     joined = {"".join(row["tokens"]) for row in batches(tmp_path, "activations")}
     assert any("🙂" in text for text in joined)
     assert not any("<0x" in text or "\ufffd" in text for text in joined)
+    assert len(LONG.encode()) > 60
+    cut = {text for text in joined if text and text in LONG}
+    assert cut
+    assert any(LONG.find(text) > 12 for text in cut)
+
+
+def test_a_page_shows_the_characters_of_a_long_run_of_bytes(made):
+    model, built, _ = made
+    spans = model.tokens(LONG).offsets
+    words = ["<bos>"] + [LONG[a:b] if (a, b) != before else "" for before, (a, b) in pairwise(spans)]
+    pages = [built.feature(f"resid_post.2/{latent}", before=5, after=4) for latent in range(20)]
+    shown = [example for page in pages for example in page.top if example.doc == len(TEXTS) + 3]
+    assert max(example.position for example in shown) > 12
+    for example in shown:
+        assert list(example.tokens) == words[example.position : example.position + len(example.tokens)]
 
 
 def test_our_export_is_read_back(made, tmp_path):
@@ -177,9 +221,36 @@ def test_a_bundle_of_their_own_is_read(tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:30])
     with pytest.raises(FormatError, match="damaged"):
         import_bundle(tmp_path / "v1", tmp_path / "j")
+    model = gemma("gemma3")
+    sae = random_dictionary("sae", d_in=24, d_sae=6, dtype=torch.float32)
+    loaded = {"a": Loaded(sae, DictionaryConfig.of(sae, Site("resid_post", 2), model="tiny"))}
+    with pytest.raises(OccupiedError, match="an index that was imported; choose another folder with --out"):
+        index(built.folder, LiveRows(model, [model.tokens("hello")]), loaded, CONFIG, gemma=model)
+    with pytest.raises(InputError, match="are strings, not a model's"):
+        export_examples(built, "12-gemmascope-2-res-16k", tmp_path / "examples")
     with pytest.raises(InputError, match="not empty"):
         export_bundle(built, tmp_path / "again")
         import_bundle(tmp_path / "again", tmp_path / "i")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("explanations", {"description": None}, "row 1 of .*explanations.* has no description; fetch"),
+        ("explanations", {"index": "x"}, "has the index 'x', which is no latent; fetch"),
+        ("activations", {"index": None}, "row 1 of .*activations.* has no index; fetch"),
+        ("features", {"index": "-1"}, "has the index '-1', which is no latent; fetch"),
+    ],
+)
+def test_a_row_of_a_bundle_without_its_parts_is_named(tmp_path, kind, change, said):
+    place = tmp_path / "v1" / "gemma-3-4b-it" / "12-gemmascope-2-res-16k"
+    for name, rows in theirs().items():
+        (place / name).mkdir(parents=True)
+        changed = [{**row, **(change if name == kind else {})} for row in rows]
+        kept = [{key: value for key, value in row.items() if value is not None} for row in changed]
+        (place / name / "batch-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with pytest.raises(FormatError, match=said):
+        import_bundle(tmp_path / "v1", tmp_path / "i")
 
 
 def test_examples_of_gemma_scope_2_are_written_and_read_back(made, tmp_path):

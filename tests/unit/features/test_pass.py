@@ -2,8 +2,11 @@
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +17,15 @@ from gemscope.activations.sets import ActivationSet
 from gemscope.activations.store import Store
 from gemscope.artifacts.config import DictionaryConfig, Loaded
 from gemscope.core.errors import InputError
+from gemscope.core.files import write_tensors
 from gemscope.core.sites import Site
+from gemscope.dictionaries.sparse import Support
+from gemscope.features import index as whole_index
 from gemscope.features import passing
-from gemscope.features.blocks import LiveRows, SetRows, StoreRows
+from gemscope.features.blocks import LiveRows, SetRows, StoreRows, Where
 from gemscope.features.config import IndexConfig
 from gemscope.features.effects import partners
-from gemscope.features.finishing import quantile_groups
+from gemscope.features.finishing import quantile_groups, write_contexts
 from gemscope.features.index import FeatureIndex, index
 from gemscope.features.layout import bfloat16
 from unit.activations import small
@@ -105,10 +111,7 @@ def test_samples_are_of_their_groups_and_each_active_token_is_equally_likely(tmp
     acts = loaded.dictionary.encode(rows[SITE])
     latent = int(((acts > 0).sum(0) - 60).abs().argmin())
     tokens = {(int(d), int(p)): float(a) for d, p, a in zip(rows.doc, rows.pos, acts[:, latent], strict=True) if a > 0}
-    histogram = {}
-    for value in tokens.values():
-        histogram[brute.bin_number(value)] = histogram.get(brute.bin_number(value), 0) + 1
-    group = brute.group_of(histogram, 3)
+    group = brute.groups_of(list(tokens.values()), 3)
     seen = dict.fromkeys(tokens, 0)
     rounds = 300
     for seed in range(rounds):
@@ -120,7 +123,7 @@ def test_samples_are_of_their_groups_and_each_active_token_is_equally_likely(tmp
         for place, value, mine in zip(tally.sample.place[latent], tally.sample.value[latent], groups, strict=True):
             where = (int(place) >> 31, int(place) & 0x7FFFFFFF)
             assert tokens[where] == float(value)
-            assert int(mine) == group[brute.bin_number(float(value))]
+            assert int(mine) == group[float(value)]
             seen[where] += 1
     assert sum(seen.values()) == rounds * 9
     expected = rounds * 9 / len(seen)
@@ -128,6 +131,53 @@ def test_samples_are_of_their_groups_and_each_active_token_is_equally_likely(tmp
     chi = sum((n - expected) ** 2 / expected for n in seen.values()) / (1 - 9 / len(seen))
     freedom = len(seen) - 1
     assert abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def tallied(values, config):
+    """A tally of one latent that has ``values`` on tokens of a document each, and the quantile groups of its sample."""
+    n = len(values)
+    one, none = torch.ones(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
+    where = Where(torch.arange(n), one, none, none, one, none.bool())
+    tally = passing.Tally(1, config, 1.0)
+    tally.update(Support(torch.arange(n), none, n, 1), torch.tensor(values), where)
+    return tally, quantile_groups(tally)[0]
+
+
+SPREADS = {
+    "one bin": lambda random: 1 + 0.12 * random.random(800),
+    "two bins": lambda random: 1.1 + 0.1 * random.random(800),
+    "wide": lambda random: np.exp(random.normal(0, 1, 800)),
+    "many equal ones": lambda random: np.maximum(1.06, 1 + 0.1 * random.random(800)),
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_groups_are_quantiles_of_all_activations(spread):
+    """Each group has its share of the examples' true quantiles, to what a sample of 64 can tell."""
+    values = SPREADS[spread](np.random.default_rng(0)).astype(np.float32).tolist()
+    group = brute.groups_of(values, 5)
+    shares = np.bincount([group[value] for value in values], minlength=5) / len(values)
+    seen, right, total = np.zeros(5), 0, 0
+    for seed in range(40):
+        tally, groups = tallied(values, IndexConfig(window=2, seed=seed))
+        assert len(groups) == 64
+        for value, mine in zip(tally.sample.value[0].tolist(), groups.tolist(), strict=True):
+            assert abs(mine - group[value]) <= 1
+            seen[mine] += 1
+            right += mine == group[value]
+            total += 1
+    assert np.abs(seen / total - shares).max() < 0.04
+    assert right / total > 0.75
+
+
+@pytest.mark.parametrize("n", [1, 7, 64])
+def test_groups_of_few_activations_are_exact(n):
+    random = np.random.default_rng(n)
+    values = random.choice([1.01, 1.02, 1.05, 1.07, 1.09, 3.0, 3.1, 9.0], n).astype(np.float32).tolist()
+    tally, groups = tallied(values, IndexConfig(window=2))
+    group = brute.groups_of(values, 5)
+    assert groups[:n].tolist() == [group[value] for value in tally.sample.value[0, :n].tolist()]
+    assert groups[n:].tolist() == [-1] * (64 - n)
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +267,89 @@ def test_a_pass_that_is_killed_goes_on_to_the_same_bytes(harvested, tmp_path):
     assert index(folder, rows, loaded, CONFIG, gemma=model) is not None
     assert content(folder) == content(tmp_path / "whole")
     assert not (folder / "counted").exists()
+
+
+def test_slices_that_end_together_write_the_files_once(harvested, tmp_path, monkeypatch):
+    store, loaded = harvested
+    rows, model = StoreRows(store), small.model()
+    index(tmp_path / "one", rows, loaded, CONFIG, gemma=model)
+    folder, calls, begun = tmp_path / "two", [], threading.Event()
+    for number in range(2):
+        passing.count_units(folder, rows, loaded, CONFIG, share=Slice(number, 2))
+    real = whole_index.finish
+
+    def slow(*arguments):
+        calls.append(arguments)
+        begun.set()
+        time.sleep(0.3)
+        real(*arguments)
+
+    both = threading.Barrier(2, timeout=10)
+    monkeypatch.setattr(whole_index, "finish", slow)
+    monkeypatch.setattr(whole_index, "count_units", lambda *_, **__: both.wait() >= 0)
+    with ThreadPoolExecutor(2) as beside:
+        ended = [beside.submit(index, folder, rows, loaded, CONFIG, gemma=model) for _ in range(2)]
+        assert begun.wait(10)
+        with pytest.raises(InputError, match="is writing into"):  # a slice that is run again meanwhile
+            passing.count_units(folder, rows, loaded, CONFIG, share=Slice(1, 2))
+        assert all(one.result() is not None for one in ended)
+    assert len(calls) == 1
+    assert content(folder) == content(tmp_path / "one")
+    assert passing.count_units(folder, rows, loaded, CONFIG, share=Slice(1, 2))
+    assert not (folder / "counted").exists()
+
+
+@pytest.mark.parametrize(("site", "width"), [("resid_post.0", 40), ("resid_post.1", 24)])
+def test_a_dictionary_of_other_rows_is_refused_before_anything_is_written(harvested, tmp_path, site, width):
+    sae = random_dictionary("sae", d_in=width, d_sae=16, dtype=torch.float32)
+    other = {"other": Loaded(sae, DictionaryConfig.of(sae, Site.parse(site), model="tiny"))}
+    with pytest.raises(InputError, match=site):
+        index(tmp_path / "i", StoreRows(harvested[0]), other, CONFIG, gemma=small.model())
+    assert not (tmp_path / "i").exists()
+
+
+def write_units(folder, units, size, documents, order):
+    """Units of documents of equal length, each with its tokens numbered on; numbered in ``order``."""
+    for number, unit in enumerate(order):
+        at = torch.arange(size) + unit * size
+        doc, pos = at // (size // documents), at % (size // documents)
+        columns = {"doc": doc.int(), "pos": pos.int(), "piece": (pos >= 100).int(), "token": at.int()}
+        path = folder / "counted" / "contexts" / f"{number:06d}.safetensors"
+        write_tensors(path, {**columns, "special": (pos == 0).to(torch.uint8)})
+    return units * size
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_contexts_are_written_by_document_and_piece(tmp_path, order):
+    count = write_units(tmp_path, 3, 600, 4, order)
+    places, tokens = write_contexts(tmp_path, count)
+    assert tokens.tolist() == np.load(tmp_path / "tokens.npy").tolist() == list(range(1800))
+    assert [divmod(place, 1 << 31) for place in places.tolist()] == [divmod(at, 150) for at in range(1800)]
+    assert np.load(tmp_path / "starts.npy").tolist() == [150 * doc + at for doc in range(12) for at in (0, 100)]
+    assert np.load(tmp_path / "docs.npy").tolist() == [doc for doc in range(12) for _ in range(2)]
+    special = np.unpackbits(np.load(tmp_path / "special.npy"))[:1800]
+    assert np.flatnonzero(special).tolist() == list(range(0, 1800, 150))
+
+
+def test_writing_the_contexts_takes_few_bytes_a_token(tmp_path):
+    count = write_units(tmp_path, 32, 1 << 16, 256, range(32))
+    read, write = os.pipe()
+
+    def status(field):
+        return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+
+    def work():
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        write_contexts(tmp_path, count)
+        os.write(write, f"{status('VmHWM') - before}".encode())
+
+    process = small.forked(work)
+    process.join()
+    assert process.exitcode == 0
+    assert int(os.read(read, 100)) < 24 * count
+    os.close(read)
+    os.close(write)
 
 
 def test_a_model_on_the_fly_counts_special_tokens_apart(tmp_path):

@@ -38,6 +38,18 @@ def test_many_tokens_are_read_as_one_by_one(texts):
     assert Reader(pieces, marked=False)([*ids, 99]) == [*texts, ""]
 
 
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=30), st.data())
+def test_of_a_run_of_bytes_that_is_cut_only_the_cut_characters_are_lost(text, data):
+    spelling = [(i, byte) for i, char in enumerate(text) for byte in char.encode()]
+    low = data.draw(st.integers(0, len(spelling) - 1))
+    high = data.draw(st.integers(low + 1, len(spelling)))
+    kept = spelling[low:high]
+    whole = {i for i in range(len(text)) if len(text[i].encode()) == sum(at == i for at, _ in kept)}
+    first = {at: n for n, (at, _) in reversed(list(enumerate(kept)))}
+    wanted = ["\ufffd" if at not in whole else text[at] if first[at] == n else "" for n, (at, _) in enumerate(kept)]
+    assert readable([f"<0x{byte:02X}>" for _, byte in kept]) == wanted
+
+
 class Asked(mmap.mmap):
     """A mapped file that keeps what it was asked for."""
 

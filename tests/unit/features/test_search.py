@@ -1,5 +1,7 @@
 """What is searched for is found, in the order that is promised, and nothing else."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -300,11 +302,31 @@ def test_promoted_tokens_go_through_the_final_gain(made):
     effects = U @ (direction * gain)
     token = int(effects.argmax())
     assert page.by_output[3][0][0] == model.tokenizer.convert_ids_to_tokens([token])[0]
+    assert [len(one) for one in page.suppressed_by_output] == [0, 6, 6, 6]
+    least = effects.topk(6, largest=False)
+    assert [word for word, _ in page.suppressed_by_output[3]] == model.tokenizer.convert_ids_to_tokens(least.indices)
+    assert [by for _, by in page.suppressed_by_output[3]] == pytest.approx(least.values.tolist(), rel=1e-4)
+    for latent in range(20):
+        one = built.feature(f"clt/{latent}")
+        shifts = [pair for out in (*one.by_output, *one.suppressed_by_output) for pair in out]
+        assert shifts
+        assert all(word for word, _ in shifts)
     hits = search.by_promoted(built, page.promoted[0][0].replace("▁", ""), top=100)
     assert "clt/7" in {hit.id for hit in hits}
     sae = random_dictionary("sae", d_in=24, d_sae=4, dtype=torch.float32)
     away = Loaded(sae, DictionaryConfig.of(sae, Site("mlp_in", 1), model="tiny"))
     assert promoted(model, away, 3) is None
+
+
+def test_an_index_without_suppressed_tokens_by_output_is_read(made, tmp_path):
+    _, built, _ = made
+    shutil.copytree(built.folder, tmp_path / "old")
+    path = tmp_path / "old" / "dictionaries" / "clt" / "outputs.npy"
+    array = np.load(path)
+    layout.save(path, array[["token", "by"]].astype([("token", "<i4"), ("by", "<f4")]))
+    page = FeatureIndex.open(tmp_path / "old").feature("clt/7")
+    assert page.by_output == built.feature("clt/7").by_output
+    assert page.suppressed_by_output == ()
 
 
 def test_meaning_is_the_cosine_of_embeddings(made, tiny_folder):
