@@ -14,9 +14,9 @@ from gemscope.artifacts.config import DictionaryConfig
 from gemscope.artifacts.examples import Examples
 from gemscope.cli.main import app
 from gemscope.core.errors import InputError
-from gemscope.features.database import Label, add_labels
 from gemscope.core.sites import Site
 from gemscope.features.config import IndexConfig
+from gemscope.features.database import Label, add_labels
 from gemscope.features.index import FeatureIndex
 from gemscope.features.meaning import TextModel, by_meaning
 from gemscope.features.steering import Steer, interventions, selection
