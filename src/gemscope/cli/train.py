@@ -1,7 +1,8 @@
-"""gemscope train: dictionaries from harvested rows, one or a whole sweep, from scratch or from an artefact."""
+"""gemscope train: dictionaries from harvested rows, one, a sweep or a recipe, from scratch or from an artefact."""
 
 import os
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from gemscope.artifacts.config import Loaded
+    import torch
+
     from gemscope.cli.rows import Rows
-    from gemscope.core.sites import Site
+    from gemscope.cli.train_configs import Job
     from gemscope.training.config import TrainConfig
-    from gemscope.training.recipe import Entry
-    from gemscope.training.trainer import Evaluate
+    from gemscope.training.sharding import Mesh
+    from gemscope.training.trainer import Evaluate, Trained
 
 _LOSS_TOKENS, _LOSS_DOCUMENTS = 12_000, 64
 
@@ -22,7 +24,23 @@ Given = Annotated[str | None, typer.Argument(help="A store: folder or URL.", sho
 
 _Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; the same one again goes on.")]
 _From = Annotated[
-    Path | None, typer.Option("--from", help="A dictionary to finetune, of any format known.", show_default=False)
+    list[Path] | None,
+    typer.Option(
+        "--from",
+        help="What to begin from, of any format known: dictionaries to finetune, one for each layer of a --kind clt or"
+        " crosscoder, or the folder that holds what a --recipe begins from. May be repeated.",
+        show_default=False,
+    ),
+]
+_Sparsity = Annotated[
+    str | None, typer.Option(help="Penalty: quadratic, linear, tanh or l1.", show_default="quadratic")
+]
+_Frequency = Annotated[
+    float | None, typer.Option(help="Weight of the penalty on latents that are too frequent.", show_default="0")
+]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Another field of the config: bandwidth=0.3; may be repeated.", show_default=False),
 ]
 _Shards = Annotated[int | None, typer.Option(help="Under torchrun: processes that share a dictionary.", min=1)]
 _Live = Annotated[str | None, typer.Option(help="Instead of rows: a model, run while training.", show_default=False)]
@@ -51,6 +69,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Updates.", min=1)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Tokens per update.", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Adam's.")] = None,
+    sparsity: _Sparsity = None,
+    frequency_weight: _Frequency = None,
+    setting: _Set = None,
     artefact: _From = None,
     freeze: Annotated[list[str] | None, typer.Option(help="Weights left alone, such as W_dec.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe's name or file.", show_default=False)] = None,
@@ -74,44 +95,41 @@ def train(
 
     Ctrl-C saves: the same command again goes on where it was.
     """
-    _go(SimpleNamespace(**locals()))
+    given = locals()
+    _go(SimpleNamespace(**given, given=_flags(given)))
+
+
+def _flags(options: dict[str, Any]) -> dict[str, str]:
+    """Those that are not at their default, as they are written."""
+    spelt = {"rows": "ROWS", "artefact": "--from", "show": "--list", "setting": "--set"}
+    defaults = {name: parameter.default for name, parameter in signature(train).parameters.items()}
+    given = [name for name, value in options.items() if value not in (defaults[name], [])]
+    return {name: spelt.get(name, f"--{name.replace('_', '-')}") for name in given}
 
 
 def _go(o: SimpleNamespace) -> None:
     """Do it; ``o`` has all options by their names."""
-    if o.show:
-        _show_recipe(o.recipe, o.model, o.only or ())
-        return
+    from gemscope.cli.terminal import out
+    from gemscope.cli.train_configs import entries, jobs
+    from gemscope.cli.train_view import plan_table, recipe_table
+
     live: str | None = o.live
+    if o.show:
+        out().print(recipe_table(entries(o)))
+        return
     rows = None if live is not None else _given_rows(o.rows)
-    loaded = None if o.artefact is None else _loaded(o.artefact)
-    configs = _configs(o, rows, loaded)
+    passes = jobs(o, rows)
+    configs = [[job.entry.config for job in group] for group in passes]
     if rows is None:
         from gemscope.cli.rows import live_rows
 
-        wanted = list(dict.fromkeys(site for config in configs for site in config.sites))
+        wanted = list(dict.fromkeys(site for group in configs for config in group for site in config.sites))
         rows = live_rows(live or "", wanted, o.text or [], o.tokens, o.out)
-    if o.plan:
-        _show_plan(rows, configs)
-    else:
-        _run(o, rows, configs, loaded)
-
-
-def _configs(o: SimpleNamespace, rows: "Rows | None", loaded: "Loaded | None") -> "list[TrainConfig]":
-    """What is to be trained."""
-    given = _given(steps=o.steps, batch_size=o.batch_size, learning_rate=o.learning_rate)
-    frozen = tuple(o.freeze or ())
-    if o.recipe is not None:
-        return [entry.config for entry in _entries(o.recipe, o.model, o.only or ())]
-    if loaded is not None:
-        return [_finetuning(loaded, o.l0, frozen, given)]
-    names = ("kind", "target", "layers", "activation", "prefixes")
-    options = {name: getattr(o, name) for name in names}
-    moments = "bfloat16" if o.bf16_moments else "float32"
-    flags = {"skip": o.skip, "tied": o.tied, "moments": moments, "offload": o.offload}
-    axes: dict[str, Sequence[Any]] = {"d_sae": o.latents or [1024], "target_l0": o.l0 or [32.0], "seed": o.seed or [0]}
-    known = _known(rows, o.live, o.site or ())
-    return _sweep(known, o.site or [], options, flags, axes, {**given, "frozen": frozen})
+    if not o.plan:
+        _run(o, rows, passes)
+        return
+    for group in configs:
+        out().print(plan_table(group, rows.widths), soft_wrap=True)
 
 
 def _given_rows(rows: str | None) -> "Rows":
@@ -121,110 +139,6 @@ def _given_rows(rows: str | None) -> "Rows":
     if rows is None:
         raise InputError("no rows were given; harvest some first with gemscope harvest, or read a model with --live.")
     return open_rows(rows)
-
-
-def _known(rows: "Rows | None", live: str | None, sites: Sequence[str]) -> "list[Site]":
-    """The sites there are."""
-    from gemscope.cli.rows import sites_of_model
-    from gemscope.core.sites import Site
-
-    if rows is not None:
-        return rows.data.sites
-    assert live is not None
-    known = sites_of_model(live)
-    return [*known, *(Site.parse(site) for site in sites if Site.parse(site) not in known)]
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Those that the user set."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _sweep(
-    known: "Sequence[Site]",
-    sites: Sequence[str],
-    options: dict[str, Any],
-    flags: dict[str, Any],
-    axes: dict[str, Sequence[Any]],
-    given: dict[str, Any],
-) -> "list[TrainConfig]":
-    """Every combination of sites and axes."""
-    from itertools import product
-
-    from gemscope.core.errors import InputError
-    from gemscope.core.sites import Site
-    from gemscope.training.config import MULTI_LAYER, TrainConfig
-    from gemscope.training.multilayer import MultiLayerConfig
-
-    kind = options["kind"]
-    several = kind in MULTI_LAYER
-    writes_other = kind in ("transcoder", "skip_transcoder", "clt")
-    wanted = [Site.parse(s) for s in sites] or ([s for s in known if s.name == "mlp_in"] if writes_other else known)
-    if not wanted:
-        raise InputError(f"nothing here is read by a {kind}; harvest mlp_in and mlp_out, or name a --site.")
-    chosen: tuple[int, ...] = ()
-    if several:
-        every = tuple(sorted(s.layer or 0 for s in known if s.name == wanted[0].name))
-        text = options["layers"]
-        chosen = every if text in (None, "all") else _numbers(text, "--layers")
-        wanted = [Site(wanted[0].name, chosen[0])]
-    prefixes = _numbers(options["prefixes"], "--prefixes") if options["prefixes"] else ()
-    about = {"kind": kind, "activation": options["activation"], "prefixes": prefixes, "layers": chosen}
-    special = several or flags["tied"] or flags["offload"]
-    make: Any = MultiLayerConfig if special else TrainConfig
-    found: list[TrainConfig] = []
-    for where, *values in product(wanted, *axes.values()):
-        named = dict(zip(axes, values, strict=True))
-        target = Site(options["target"] or "mlp_out", where.layer) if writes_other else None
-        found.append(make(site=where, target_site=target, **about, **named, **given, **(flags if special else {})))
-    return found
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    from gemscope.core.errors import InputError
-
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"{option} is {text!r}; write whole numbers between commas, such as 0,1,2.") from None
-
-
-def _loaded(artefact: Path) -> "Loaded":
-    from gemscope.artifacts import native
-
-    return native.load(artefact)
-
-
-def _finetuning(
-    loaded: "Loaded", l0: Sequence[float] | None, frozen: tuple[str, ...], given: dict[str, Any]
-) -> "TrainConfig":
-    from gemscope.training.finetune import finetune_config
-
-    has_skip = getattr(loaded.dictionary, "W_skip", None) is not None
-    return finetune_config(loaded.config, skip=has_skip, l0=l0[0] if l0 else None, frozen=frozen, **given)
-
-
-def _entries(recipe: str | None, model: str | None, only: Sequence[str]) -> "list[Entry]":
-    from gemscope.core.errors import InputError
-    from gemscope.training.recipe import load, select
-
-    if recipe is None or model is None:
-        raise InputError("name a recipe and a model, as in --recipe gemma_scope_2 --model gemma-3-4b-pt.")
-    return select(load(recipe, model), only)
-
-
-def _show_recipe(recipe: str | None, model: str | None, only: Sequence[str]) -> None:
-    from gemscope.cli.terminal import out
-    from gemscope.cli.train_view import recipe_table
-
-    out().print(recipe_table(_entries(recipe, model, only)))
-
-
-def _show_plan(rows: "Rows", configs: "Sequence[TrainConfig]") -> None:
-    from gemscope.cli.terminal import out
-    from gemscope.cli.train_view import plan_table
-
-    out().print(plan_table(configs, rows.widths), soft_wrap=True)
 
 
 def _loss(rows: "Rows", heldout: Any, configs: "Sequence[TrainConfig]", texts: list[str]) -> "Evaluate | None":
@@ -258,43 +172,76 @@ def _loss(rows: "Rows", heldout: Any, configs: "Sequence[TrainConfig]", texts: l
     return measure
 
 
-def _run(o: SimpleNamespace, rows: "Rows", configs: "Sequence[TrainConfig]", loaded: "Loaded | None") -> None:
+def _run(o: SimpleNamespace, rows: "Rows", passes: "Sequence[Sequence[Job]]") -> None:
+    """Pass after pass; of a recipe, those that are finished in the folder are left out."""
     import torch
 
-    from gemscope.cli.terminal import out as console
-    from gemscope.cli.train_view import LiveTable, trained_table
-    from gemscope.training.run import RunOptions, run
+    from gemscope.cli.terminal import out
+    from gemscope.cli.train_view import trained_table
+    from gemscope.training.recipe import Finished
     from gemscope.training.sharding import start, stop
-    from gemscope.training.tensorboard import TensorBoard
-    from gemscope.training.wandb import WeightsAndBiases
 
-    training, heldout = rows.data.split(o.held_out)
+    sides = rows.data.split(o.held_out)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     mesh = start(o.latent_shards, device.type)
+    finished = Finished(o.out)
+    todo = [o.recipe is None or not all(job.entry in finished for job in group) for group in passes]
+    for i, group in enumerate(passes):
+        folder = o.out / f"pass_{i + 1}" if len(passes) > 1 else o.out
+        where = f"pass {i + 1} of {len(passes)}, {len(group)} dictionaries"
+        if mesh.is_first and not todo[i]:
+            out().print(f"{where}: finished before")
+        elif mesh.is_first and len(passes) > 1:
+            out().print(where)
+        if not todo[i]:
+            continue
+        done = _pass(o, rows, sides, group, folder, device, mesh)
+        if mesh.is_first:
+            if o.recipe is not None:
+                finished.add([job.entry for job in group], [folder / "dictionaries" / one.name for one in done])
+            out().print(trained_table(done, folder), soft_wrap=True)
+    stop()
+
+
+def _pass(
+    o: SimpleNamespace,
+    rows: "Rows",
+    sides: Any,
+    group: "Sequence[Job]",
+    folder: Path,
+    device: "torch.device",
+    mesh: "Mesh",
+) -> "list[Trained]":
+    """One pass over the training side of the rows, into ``folder``."""
+    from gemscope.cli.train_view import LiveTable
+    from gemscope.training.origins import begin
+    from gemscope.training.run import RunOptions, run
+    from gemscope.training.tensorboard import TensorBoard
+    from gemscope.training.wandb import WeightsAndBiases
+
+    training, heldout = sides
+    configs = [job.entry.config for job in group]
     sinks: list[Any] = []
     if mesh.is_first and o.tensorboard:
-        sinks.append(TensorBoard(o.out / "tensorboard"))
+        sinks.append(TensorBoard(folder / "tensorboard"))
     if mesh.is_first and o.wandb:
         about = {"configs": [c.as_dict() for c in configs]}
-        sinks.append(WeightsAndBiases(o.wandb, o.out / "wandb", about, o.out.name))
-    options = RunOptions(o.out, rows.model, rows.revision, o.checkpoint_every, logs=tuple(sinks), title=o.out.name)
-    measure = _loss(rows, heldout, configs, o.loss_text or [])
-    begin = {0: loaded.dictionary} if loaded is not None else None
+        sinks.append(WeightsAndBiases(o.wandb, folder / "wandb", about, folder.name))
+    options = RunOptions(folder, rows.model, rows.revision, o.checkpoint_every, logs=tuple(sinks), title=folder.name)
+    origins = {i: job.origin for i, job in enumerate(group) if job.origin is not None}
+    starts = {i: begin(configs[i], origin(), training) for i, origin in origins.items()}
     with LiveTable(configs, quiet=not mesh.is_first) as live:
-        done = run(
+        return run(
             training,
             heldout,
             configs,
             options,
-            start=begin,
+            start=starts,
             progress=live,
             device=device,
             mesh=mesh,
-            measure=measure,
+            measure=_loss(rows, heldout, configs, o.loss_text or []),
         )
-    if mesh.is_first:
-        console().print(trained_table(done, o.out), soft_wrap=True)
-    stop()

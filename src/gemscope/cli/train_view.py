@@ -14,7 +14,16 @@ from rich.text import Text
 from gemscope.cli.terminal import err
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
-from gemscope.training.planner import fits, plan, product_speed, proposals, size_text, time_text, work_text
+from gemscope.training.memory import memory_of
+from gemscope.training.planner import (
+    fits,
+    plan,
+    product_speed,
+    proposals,
+    size_text,
+    time_text,
+    work_text,
+)
 from gemscope.training.recipe import Entry, passes
 from gemscope.training.trainer import Progress, Trained, names_of
 
@@ -139,10 +148,14 @@ def recipe_table(entries: Sequence[Entry]) -> RenderableType:
                 tokens = max(sites.get(site, (0.0, 0))[0], float(entry.tokens))
                 sites[site] = tokens, width
     disk = sum(2.0 * tokens * width for tokens, width in sites.values())
+    widths = {site: width for site, (_, width) in sites.items()}
+    memory = [memory_of(entry.config, widths) for entry in entries]
+    finished, state = sum(m.finished for m in memory), sum(m.weights + m.moments for m in memory)
     free = shutil.disk_usage(Path.cwd()).free
     lines = [
         f"{len(entries):,} dictionaries in {len(passes(entries))} groups that can share a pass; {len(sites)} sites",
         f"activations stored once in bf16: {size_text(disk)} ({size_text(free)} free here); a harvest can be read live",
+        f"dictionaries {size_text(finished)}, checkpoints to go on from {size_text(state)}",
         "GPU hours: three times the encoder products at 200 TFLOP/s, an H100 in bf16 at half of its speed",
     ]
     return Group(table, Text(), *(Text(line, style="dim") for line in lines))

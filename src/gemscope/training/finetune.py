@@ -26,8 +26,13 @@ def finetune_config(
     """How to go on with the dictionary that ``about`` describes; ``skip`` says whether it has a skip connection.
 
     ``l0`` is needed where the artefact does not state its own; ``more`` are other fields of the config. Raises
-    InputError when the L0 is unknown.
+    InputError when the L0 is unknown, and for a dictionary that reads a norm without its gain.
     """
+    if not about.read_gain:
+        raise InputError(
+            f"the dictionary reads {about.site} without the norm's gain, which is in the rows; fold the gain in first"
+            " (fold_input_gain), as gemscope train --from does."
+        )
     target = l0 if l0 is not None else about.activation.k if about.activation.k is not None else about.l0
     if target is None:
         raise InputError("the dictionary does not say which L0 it was trained for; give --l0.")
@@ -40,7 +45,7 @@ def finetune_config(
         kind=about.kind,
         layers=layers,
         d_sae=about.d_sae,
-        target_l0=target,
+        target_l0=float(target),
         activation=about.activation.kind,
         prefixes=about.prefixes,
         first_l0_factor=1.0,

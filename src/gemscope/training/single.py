@@ -89,12 +89,18 @@ class SingleLayerLearner:
         x, y = _wide(calibration[config.reads[0]]), _wide(calibration[config.writes[0]])
         self.moments_in, self.moments_out = moments(x, config.reads[0]), moments(y, config.writes[0])
         self.centre = self.moments_in.mean.to(x) / self.moments_in.scale
+        self.initial = initial if config.frozen else None
+        self.own_centre = config.kind == "sae"
         self.splice = start.checked_splice(config, splice)
         scaled = x / self.moments_in.scale
         if initial is None:
             self.weights = start.fresh(config, scaled, y / self.moments_out.scale, self.centre)
         else:
-            self.weights = start.taken(config, initial, self.moments_in.scale, self.moments_out.scale, self.centre)
+            if start.keeps_origin(config):
+                self.own_centre, self.centre = False, torch.zeros_like(self.centre)
+            scales = self.moments_in.scale, self.moments_out.scale
+            self.norms = start.row_norms(config, initial, scales[0] / scales[1])
+            self.weights = start.taken(config, initial, *scales, self.centre, self.norms)
         w = self.weights
         wanted = config.first_l0 if initial is None else config.target_l0
         threshold, self.pre_scale = first_thresholds(scaled - self._centre().detach(), w["E"].T, w["b_enc"], wanted)
@@ -162,7 +168,7 @@ class SingleLayerLearner:
             self.control.move(threshold, factor, self.frequency, self.pre_scale)
 
     def _centre(self) -> Tensor:
-        return self.weights["b_dec"] if self.config.kind == "sae" else self.centre
+        return self.weights["b_dec"] if self.own_centre else self.centre
 
     def _backward(self, x: Tensor, y: Tensor, done: int, gradients: dict[str, OuterGradient]) -> StepResult:
         """Gradients of the objective on scaled rows."""
@@ -327,7 +333,8 @@ class SingleLayerLearner:
     @torch.no_grad()
     def finished(self, calibration: Rows) -> tuple[Dictionary, dict[str, float]]:
         """The dictionary for raw activations, thresholds set to the target L0 on ``calibration``, and with a frequency
-        penalty so that no latent is active there on more than ``frequency_scale``; and its numbers.
+        penalty so that no latent is active there on more than ``frequency_scale``; and its numbers. What is frozen of a
+        dictionary to go on from is as it was there.
         """
         config = self.config
         x = _wide(calibration[config.reads[0]])
@@ -338,12 +345,15 @@ class SingleLayerLearner:
             level = common_threshold(scaled, weights["E"], weights["b_enc"], config.target_l0)
             threshold = torch.full_like(weights["b_enc"], level)
         scales = (self.moments_in.scale, self.moments_out.scale)
-        dictionary = start.folded(config, weights, threshold, *scales, self.centre)
+        dictionary = start.folded(config, weights, threshold, *scales, None if self.own_centre else self.centre)
+        if self.initial is not None:
+            dictionary = start.kept(dictionary, self.initial, config.frozen, self.norms)
         l0_train = self.control.mean if config.penalised else config.target_l0
         if config.activation == "jumprelu":
             l0_train = mean_l0(dictionary, x)
             limit = config.frequency_scale if config.frequency_weight > 0 else None
-            factor = set_thresholds(dictionary, x, config.target_l0, limit)
+            if "threshold" not in config.frozen:
+                factor = set_thresholds(dictionary, x, config.target_l0, limit)
         dead = (self.idle_rows > config.dead_after_rows).float().mean().item()
         numbers = {"l0_train": float(l0_train), "l0": mean_l0(dictionary, x), "threshold_factor": factor}
         numbers |= {"dead_fraction": dead, "scale_in": scales[0], "scale_out": scales[1]}

@@ -1,6 +1,6 @@
 """First weights of a single-layer dictionary, fresh or taken from a finished one, and the way back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -49,8 +49,38 @@ def fresh(
     return weights
 
 
+def keeps_origin(config: TrainConfig) -> bool:
+    """Whether rows are not centred in going on from a dictionary, since what is frozen would have to make up for it: a
+    b_enc, and beside a skip connection b_dec."""
+    return "b_enc" in config.frozen or (config.kind == "skip_transcoder" and "b_dec" in config.frozen)
+
+
+def row_norms(config: TrainConfig, initial: SingleLayer, scale: float) -> Float[Tensor, " d_sae"]:
+    """Norms of W_dec * ``scale``, by which ``taken`` divides the decoder rows and multiplies what they are read by.
+
+    A TopK compares latents, so there nothing is scaled beside a frozen W_dec; raises InputError for a frozen W_enc or
+    b_enc of one whose decoder rows, to be trained, differ in norm.
+    """
+    norms = (initial.W_dec.float() * scale).norm(dim=1).clamp(min=1e-30)
+    if config.activation != "topk":
+        return norms
+    if "W_dec" in config.frozen:
+        return torch.ones_like(norms)
+    if {"W_enc", "b_enc"} & set(config.frozen) and norms.max() > 1.001 * norms.min():
+        raise InputError(
+            "the decoder rows of this topk dictionary differ in norm, so that its encoder cannot stay while they are"
+            " trained; freeze W_dec too, or neither W_enc nor b_enc."
+        )
+    return norms
+
+
 def taken(
-    config: TrainConfig, initial: SingleLayer, scale_in: float, scale_out: float, centre: Float[Tensor, " d_in"]
+    config: TrainConfig,
+    initial: SingleLayer,
+    scale_in: float,
+    scale_out: float,
+    centre: Float[Tensor, " d_in"],
+    norms: Float[Tensor, " d_sae"],
 ) -> Weights:
     """From a dictionary for raw activations, such as a pretrained model's to be finetuned on chats."""
     wanted = (config.kind, config.d_sae, config.activation)
@@ -61,10 +91,11 @@ def taken(
             f" the one given is a {have[0]} of {have[1]} with {have[2]} and d_in {initial.d_in}; make them agree."
         )
     if config.kind == "sae":
-        scaled = initial.fold_scale(1 / scale_in).unfold_pre_bias()
+        scaled = initial.fold_scale(1 / scale_in)
+        scaled = scaled if keeps_origin(config) else scaled.unfold_pre_bias()
     else:
         scaled = initial.fold_scale(1 / scale_in, 1 / scale_out).unfold_pre_bias(centre)
-    size = scaled.W_dec.to(centre).norm(dim=1).clamp(min=1e-30)
+    size = norms.to(centre)
     weights = {
         "E": scaled.W_enc.T.to(centre) * size[:, None],
         "b_enc": scaled.b_enc.to(centre) * size,
@@ -86,20 +117,37 @@ def folded(
     threshold: Tensor | None,
     scale_in: float,
     scale_out: float,
-    centre: Float[Tensor, " d_in"],
+    centre: Float[Tensor, " d_in"] | None,
 ) -> SingleLayer:
-    """The dictionary for raw activations; the weights are copied."""
+    """The dictionary for raw activations; the weights are copied. An SAE that is centred by its b_dec has no
+    ``centre``.
+    """
     tensors = {name: weights[name].clone() for name in ("b_enc", "W_dec", "b_dec")}
     tensors["W_enc"] = weights["E"].T.contiguous()
     if threshold is not None:
         tensors["threshold"] = threshold.clone()
     if "W_skip" in weights:
+        assert centre is not None
         tensors["W_skip"] = weights["W_skip"].clone()
         tensors["b_dec"] -= centre @ weights["W_skip"]
     made = CLASSES[config.kind](**tensors, activation=config.finished_activation, prefixes=config.prefixes)
-    if config.kind == "sae":
-        return made.fold_pre_bias().fold_scale(scale_in)
-    return made.fold_pre_bias(centre).fold_scale(scale_in, scale_out)
+    made = made.fold_pre_bias(centre)
+    return made.fold_scale(scale_in) if config.kind == "sae" else made.fold_scale(scale_in, scale_out)
+
+
+def kept(made: SingleLayer, initial: SingleLayer, frozen: Sequence[str], norms: Float[Tensor, " d_sae"]) -> SingleLayer:
+    """``made`` with its ``frozen`` weights exactly as they are in ``initial``: what ``taken`` divided by ``norms`` gets
+    them back, and the same latents are active.
+    """
+    names = [name for name in frozen if getattr(initial, name, None) is not None]
+    tensors = {name: tensor.detach().clone() for name, tensor in made.named_parameters()}
+    if {"W_enc", "b_enc", "W_dec", "threshold"} & set(names):
+        size = norms.to(made.W_enc)
+        tensors["W_dec"] *= size[:, None]
+        for name in {"W_enc", "b_enc", "threshold"} & set(tensors):
+            tensors[name] /= size
+    tensors |= {name: getattr(initial, name).detach().to(made.W_enc).clone() for name in names}
+    return type(made)(**tensors, activation=made.activation, prefixes=made.prefixes)
 
 
 def checked_splice(config: TrainConfig, splice: Splice | None) -> Splice | None:

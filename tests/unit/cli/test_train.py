@@ -5,28 +5,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-
-from gemscope.activations.sets import ActivationSet
 from gemscope.artifacts import native
-from gemscope.core.sites import Site
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 QUICK = ("--steps", "6", "--batch-size", "64", "--held-out", "0.2")
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 rows of three layers."""
-    g = torch.Generator().manual_seed(0)
-    sources = (torch.rand(600, 20, generator=g) < 0.2).float()
-    sites = [Site(name, layer) for name in ("resid_post", "mlp_in", "mlp_out") for layer in range(3)]
-    data = {site: sources @ torch.randn(20, 12, generator=g) + 1.0 for site in sites}
-    doc = torch.arange(600) // 20
-    folder = tmp_path_factory.mktemp("rows") / "set"
-    ActivationSet(data, doc, torch.arange(600) % 20, torch.zeros(600, dtype=torch.long), {"model": "toy"}).save(folder)
-    return folder
 
 
 def test_a_sweep_and_going_on(gemscope: Command, rows: Path, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from gemscope.core.errors import InputError
-from gemscope.dictionaries.activation import is_largest
+from gemscope.dictionaries.activation import Activation, is_largest
 from gemscope.dictionaries.single import SingleLayer
 from gemscope.training.config import TrainConfig
 from gemscope.training.objectives import sampled_prefixes
 from gemscope.training.outer import OuterGradient
 from gemscope.training.single import SingleLayerLearner
+from gemscope.training.start import CLASSES
 from unit.training.worlds import OTHER, SITE, superposition
 
 CONFIG = TrainConfig(SITE, d_sae=64, target_l0=4.0, first_l0_factor=1.5, steps=50, batch_size=256)
@@ -299,6 +300,85 @@ def test_frozen_weights_stay() -> None:
         learner.update(_rows(128, seed=done), done)
     same = {name for name, tensor in learner.weights.items() if torch.equal(tensor, before[name])}
     assert same == {"E", "b_dec", "threshold"}
+
+
+PARTS_OF: dict[str, tuple[str, ...]] = {
+    "sae": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+    "transcoder": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+    "skip_transcoder": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip"),
+}
+
+
+def given(kind: str, activation: str = "jumprelu", rows: float | None = None) -> SingleLayer:
+    """A dictionary for raw activations with nothing at 0, decoder rows of norm ``rows`` or of all norms."""
+    g = torch.Generator().manual_seed(5)
+    d_out = 48 if kind == "sae" else 10
+    tensors = {
+        "W_enc": torch.randn(48, 64, generator=g) / 7,
+        "b_enc": torch.randn(64, generator=g),
+        "W_dec": torch.randn(64, d_out, generator=g),
+        "b_dec": torch.randn(d_out, generator=g),
+    }
+    if rows is not None:
+        tensors["W_dec"] *= rows / tensors["W_dec"].norm(dim=1, keepdim=True)
+    if activation != "topk":
+        tensors["threshold"] = 1 + torch.rand(64, generator=g)
+    if kind == "skip_transcoder":
+        tensors["W_skip"] = torch.randn(48, d_out, generator=g)
+    k = None if activation == "jumprelu" else 4.0
+    return CLASSES[kind](**tensors, activation=Activation(activation, k))  # type: ignore[arg-type]
+
+
+def single_rows(count: int = 2048, seed: int = 0) -> dict[Any, torch.Tensor]:
+    return {site: x.float() for site, x in _rows(count, seed).items()}
+
+
+def trained_on(learner: SingleLayerLearner, updates: int = 4) -> SingleLayer:
+    for done in range(updates):
+        learner.update(single_rows(128, seed=done), done)
+    made = learner.finished(single_rows(seed=9))[0]
+    assert isinstance(made, SingleLayer)
+    return made
+
+
+FROZEN = [(kind, activation, part) for kind in PARTS_OF for activation in ("jumprelu", "batchtopk", "topk")
+          for part in PARTS_OF[kind] if (activation, part) != ("topk", "threshold")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "activation", "part"), FROZEN)
+def test_what_is_frozen_is_the_same_in_the_finished_dictionary(kind: str, activation: str, part: str) -> None:
+    """For raw activations, whatever the rows' mean and scale and the norms of the decoder rows."""
+    target = {} if kind == "sae" else {"target_site": OTHER}
+    config = dataclasses.replace(CONFIG, kind=kind, activation=activation, frozen=(part,), learning_rate=0.05, **target)
+    initial = given(kind, activation, 2.5 if activation == "topk" else None)
+    before = {name: tensor.detach().clone() for name, tensor in initial.named_parameters()}
+    after = dict(trained_on(SingleLayerLearner(config, single_rows(), initial=initial)).named_parameters())
+    torch.testing.assert_close(after[part], before[part], rtol=0, atol=1e-5 * before[part].abs().max().item())
+    moved = {name for name in before if not torch.allclose(after[name], before[name], rtol=1e-3)}
+    assert moved == set(before) - {part}
+
+
+@pytest.mark.parametrize("part", ["W_enc", "b_enc", "W_dec", "b_dec"])
+@pytest.mark.parametrize("kind", PARTS_OF)
+def test_a_dictionary_with_frozen_weights_reconstructs_as_it_did_in_training(kind: str, part: str) -> None:
+    target = {} if kind == "sae" else {"target_site": OTHER}
+    config = dataclasses.replace(CONFIG, kind=kind, frozen=(part, "threshold"), **target)
+    learner = SingleLayerLearner(config, single_rows(), initial=given(kind))
+    made, rows = trained_on(learner), single_rows(256, seed=7)
+    y = rows[config.writes[0]]
+    error = (made(rows[SITE]) - y).square().sum(1).mean().item()
+    spread = learner.moments_out.spread * learner.moments_out.scale**2
+    assert learner.update(rows, 4).fvu.item() == pytest.approx(error / spread, rel=1e-4)
+
+
+def test_a_topk_keeps_its_encoder_only_where_training_does_not_change_which_latents_are_the_largest() -> None:
+    config = dataclasses.replace(CONFIG, activation="topk", frozen=("W_enc",))
+    with pytest.raises(InputError, match="freeze W_dec too"):
+        SingleLayerLearner(config, single_rows(), initial=given("sae", "topk"))
+    initial = given("sae", "topk")
+    both = dataclasses.replace(config, frozen=("W_enc", "W_dec", "b_enc", "b_dec"))
+    made = trained_on(SingleLayerLearner(both, single_rows(), initial=initial))
+    torch.testing.assert_close(made(single_rows()[SITE]), initial(single_rows()[SITE]))
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
