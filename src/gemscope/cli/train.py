@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemscope.cli.end_to_end import for_end_to_end
+
 if TYPE_CHECKING:
     from gemscope.artifacts.config import Loaded
     from gemscope.cli.rows import Rows
@@ -28,6 +30,9 @@ _Shards = Annotated[int | None, typer.Option(help="Under torchrun: processes tha
 _Live = Annotated[str | None, typer.Option(help="Instead of rows: a model, run while training.", show_default=False)]
 _Text = Annotated[
     list[str] | None, typer.Option(help="Of --live: files, as for harvest.", show_default="the microworld's")
+]
+_EndToEnd = Annotated[
+    float | None, typer.Option(help="With --live: weight of the KL of the spliced model.", show_default=False)
 ]
 _LossText = Annotated[
     list[str] | None, typer.Option(help="Measure Δ loss on these files, or on 'microworld'.", show_default=False)
@@ -65,6 +70,7 @@ def train(
     live: _Live = None,
     text: _Text = None,
     tokens: Annotated[int, typer.Option(help="Of --live: tokens before they come again.", min=1)] = 1_000_000,
+    end_to_end: _EndToEnd = None,
     loss_text: _LossText = None,
     checkpoint_every: Annotated[int, typer.Option(help="Updates between checkpoints.", min=1)] = 1000,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log there too.")] = False,
@@ -91,6 +97,7 @@ def _go(o: SimpleNamespace) -> None:
 
         wanted = list(dict.fromkeys(site for config in configs for site in config.sites))
         rows = live_rows(live or "", wanted, o.text or [], o.tokens, o.out)
+    rows = for_end_to_end(rows, configs)
     if o.plan:
         _show_plan(rows, configs)
     else:
@@ -99,7 +106,7 @@ def _go(o: SimpleNamespace) -> None:
 
 def _configs(o: SimpleNamespace, rows: "Rows | None", loaded: "Loaded | None") -> "list[TrainConfig]":
     """What is to be trained."""
-    given = _given(steps=o.steps, batch_size=o.batch_size, learning_rate=o.learning_rate)
+    given = _given(steps=o.steps, batch_size=o.batch_size, learning_rate=o.learning_rate, end_to_end=o.end_to_end)
     frozen = tuple(o.freeze or ())
     if o.recipe is not None:
         return [entry.config for entry in _entries(o.recipe, o.model, o.only or ())]

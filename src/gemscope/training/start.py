@@ -106,7 +106,7 @@ def checked_splice(config: TrainConfig, splice: Splice | None) -> Splice | None:
     """Raise InputError when end-to-end training has no model to splice into."""
     if config.end_to_end > 0 and splice is None:
         raise InputError(
-            "end_to_end training runs the model on whole contexts, which these rows do not allow; train on a"
+            "end_to_end training splices reconstructions into whole contexts, which these rows do not have; train on a"
             " LiveContexts (on the command line: --live MODEL)."
         )
     return splice
