@@ -93,7 +93,7 @@ class LiveActivations(PlannedRows):
         The model runs in another thread, one pool ahead.
         """
         wanted = [self.check_site(site) for site in sites]
-        reader = _LiveReader(self, wanted, seed)
+        reader = LiveReader(self, wanted, seed)
         return Stream(reader, wanted, batch_size, start=start or Position(), epochs=epochs, device=device)
 
     def wanted(self, document: int) -> bool:
@@ -104,7 +104,7 @@ class LiveActivations(PlannedRows):
         return (document_share(seed, document) < share) == held_out
 
 
-class _LiveReader:
+class LiveReader:
     """Pools of one stream, made by the model."""
 
     def __init__(self, live: LiveActivations, sites: Sequence[Site], seed: int) -> None:
@@ -119,7 +119,7 @@ class _LiveReader:
 
     def load(self, epoch: int, pool: int, cut: Cut) -> Pool:
         """Run the documents of a pool."""
-        chosen = self._documents(epoch, pool)
+        chosen = self.documents(epoch, pool)
         plan, gemma = self._plan, self._live.gemma
         texts = [text for _, text in chosen]
         pieces = encode(gemma, texts, 0, int(plan.config["context"]))
@@ -141,7 +141,7 @@ class _LiveReader:
             start += size
         return Pool(bucket.rows, parts)
 
-    def _documents(self, epoch: int, pool: int) -> list[tuple[int, Text]]:
+    def documents(self, epoch: int, pool: int) -> list[tuple[int, Text]]:
         """(number, text) of the documents of a pool: a share of the permuted documents of the open units."""
         plan, live = self._plan, self._live
         order = np.random.default_rng([self._seed, epoch, 0, LIVE_UNITS]).permutation(plan.units)

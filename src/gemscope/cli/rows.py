@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gemscope.activations.contexts import LiveContexts
     from gemscope.activations.sets import ActivationSet
     from gemscope.activations.store import Store
     from gemscope.activations.streaming import LiveActivations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 class Rows:
     """Rows of activations, and whose they are."""
 
-    data: "ActivationSet | Store | LiveActivations"
+    data: "ActivationSet | Store | LiveActivations | LiveContexts"
     model: str
     revision: str | None
 

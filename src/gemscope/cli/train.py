@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemscope.cli.end_to_end import for_end_to_end
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,6 +48,9 @@ _Shards = Annotated[int | None, typer.Option(help="Under torchrun: processes tha
 _Live = Annotated[str | None, typer.Option(help="Instead of rows: a model, run while training.", show_default=False)]
 _Text = Annotated[
     list[str] | None, typer.Option(help="Of --live: files, as for harvest.", show_default="the microworld's")
+]
+_EndToEnd = Annotated[
+    float | None, typer.Option(help="With --live: weight of the KL of the spliced model.", show_default=False)
 ]
 _LossText = Annotated[
     list[str] | None, typer.Option(help="Measure Δ loss on these files, or on 'microworld'.", show_default=False)
@@ -86,6 +91,7 @@ def train(
     live: _Live = None,
     text: _Text = None,
     tokens: Annotated[int, typer.Option(help="Of --live: tokens before they come again.", min=1)] = 1_000_000,
+    end_to_end: _EndToEnd = None,
     loss_text: _LossText = None,
     checkpoint_every: Annotated[int, typer.Option(help="Updates between checkpoints.", min=1)] = 1000,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log there too.")] = False,
@@ -125,6 +131,7 @@ def _go(o: SimpleNamespace) -> None:
 
         wanted = list(dict.fromkeys(site for group in configs for config in group for site in config.sites))
         rows = live_rows(live or "", wanted, o.text or [], o.tokens, o.out)
+    rows = for_end_to_end(rows, [config for group in configs for config in group])
     if not o.plan:
         _run(o, rows, passes)
         return

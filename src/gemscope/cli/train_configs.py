@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from gemscope.models.gemma import Gemma
 
 _RUN = ("rows", "out", "plan", "latent_shards", "held_out", "live", "text", "tokens", "loss_text", "checkpoint_every")
-_EVERY = (*_RUN, "tensorboard", "wandb", "steps", "batch_size", "learning_rate", "freeze", "sparsity")
+_EVERY = (*_RUN, "tensorboard", "wandb", "steps", "batch_size", "learning_rate", "freeze", "sparsity", "end_to_end")
 EVERY = {*_EVERY, "frequency_weight", "setting"}
 """Options that are used whatever is trained."""
-_CHANGES = ("steps", "batch_size", "learning_rate", "sparsity", "frequency_weight")
+_CHANGES = ("steps", "batch_size", "learning_rate", "sparsity", "frequency_weight", "end_to_end")
 _OWN = {"site", "d_sae", "target_l0", "kind", "target_site", "layers", "activation", "seed", "prefixes", "frozen"}
-_NOT_SET = {*_OWN, *_CHANGES, "end_to_end", "skip", "tied", "moments", "offload"}
-"""Fields with an option of their own, and one that needs a program."""
+_NOT_SET = {*_OWN, *_CHANGES, "skip", "tied", "moments", "offload"}
+"""Fields with an option of their own."""
 _STREAMED = ("bf16_moments", "offload")
 
 

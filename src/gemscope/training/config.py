@@ -114,7 +114,8 @@ class TrainConfig:
     aux_k: int | None = None
     """Dead latents per row that AuxK uses; None means half the width of what is reconstructed, at most all of them."""
     end_to_end: float = 0.0
-    """Weight beta of the KL divergence of the spliced model; needs a splice given to the learner."""
+    """Weight beta of the KL divergence of the spliced model, for single-layer kinds; needs a ``LiveContexts`` to train
+    on, which runs the model."""
     frozen: tuple[str, ...] = ()
     """Weights that training leaves alone, such as ``W_dec``."""
 

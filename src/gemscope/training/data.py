@@ -107,6 +107,11 @@ class BatchReader:
         self._batches: Iterator[dict[Site, Tensor]] | None = None
         self._stream = data.stream(self._sites, batch_size, seed) if isinstance(data, SeekableSource) else None
 
+    @property
+    def stream(self) -> PlacedStream | None:
+        """What the batches come from now, another one after ``seek``; None where the source has no streams."""
+        return self._stream
+
     def position(self) -> dict[str, int]:
         """Where the next batch is, as plain JSON values."""
         if self._stream is not None:

@@ -153,5 +153,8 @@ def kept(made: SingleLayer, initial: SingleLayer, frozen: Sequence[str], norms: 
 def checked_splice(config: TrainConfig, splice: Splice | None) -> Splice | None:
     """Raise InputError when end-to-end training has no model to splice into."""
     if config.end_to_end > 0 and splice is None:
-        raise InputError("end_to_end training measures the spliced model; give the learner a splice.")
+        raise InputError(
+            "end_to_end training splices reconstructions into whole contexts, which these rows do not have; train on a"
+            " LiveContexts (on the command line: --live MODEL)."
+        )
     return splice

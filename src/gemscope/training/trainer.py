@@ -29,9 +29,11 @@ from gemscope.training import checkpoint
 from gemscope.training.checkpoint import Checkpoint
 from gemscope.training.config import MULTI_LAYER, TrainConfig
 from gemscope.training.data import ActivationSource, BatchReader, NamedSource, first_rows
+from gemscope.training.end_to_end import splice_of
 from gemscope.training.learner import Learner, Rows, StepResult
 from gemscope.training.log import JsonLines, Log
 from gemscope.training.multilayer import MultiLayerConfig, MultiLayerLearner
+from gemscope.training.objectives import Splice
 from gemscope.training.sharding import ALONE, Mesh
 from gemscope.training.single import SingleLayerLearner
 from gemscope.training.stopping import Stop, obey, stopping
@@ -206,11 +208,12 @@ def train(
 ) -> list[Trained]:
     """Train one dictionary per config, all on the same batches; several may share a site.
 
-    ``start`` gives the dictionaries (for raw activations) that some configs, by their place, begin from. Thresholds are
-    calibrated on ``heldout`` rows if there are any, else on training rows. With ``mesh`` every process calls this with
-    the same arguments; only the first writes and reports. Raises InputError when the configs disagree on the pass they
-    share, when there are too few rows, when ``keep`` has a run on other rows or from other weights, or when training
-    stops being finite; KeyboardInterrupt and SystemExit after the checkpoint of a stopped run is written.
+    ``start`` gives the dictionaries (for raw activations) that some configs, by their place, begin from. Thresholds
+    are calibrated on ``heldout`` rows if there are any, else on training rows. ``end_to_end`` needs ``data`` to be a
+    ``LiveContexts``. With ``mesh`` every process calls this with the same arguments; only the first writes and
+    reports. Raises InputError when the configs disagree on the pass they share, when there are too few rows, when
+    ``keep`` has a run on other rows or from other weights, or when training stops being finite; KeyboardInterrupt and
+    SystemExit after the checkpoint of a stopped run is written.
     """
     shared = _shared(configs, mesh)
     batch_size, seed, calibration_rows = shared.batch_size, shared.seed, shared.calibration_rows
@@ -220,7 +223,7 @@ def train(
     rows = first_rows(data, sites, calibration_rows, batch_size, seed)
     others = None if heldout is None else first_rows(heldout, sites, calibration_rows, batch_size, seed)
     first = _on(rows, device)
-    learners = [make_learner(c, first, (start or {}).get(i), mesh) for i, c in enumerate(configs)]
+    learners = [make_learner(c, first, (start or {}).get(i), mesh, splice_of(reader, c)) for i, c in enumerate(configs)]
     run = _Pass(
         configs=configs,
         names=names_of(configs),
@@ -254,7 +257,11 @@ def train(
 
 
 def make_learner(
-    config: TrainConfig, calibration: Rows, start: Dictionary | None = None, mesh: Mesh = ALONE
+    config: TrainConfig,
+    calibration: Rows,
+    start: Dictionary | None = None,
+    mesh: Mesh = ALONE,
+    splice: Splice | None = None,
 ) -> Learner:
     """The learner of a config's kind; one layer in one process has its own, faster one."""
     several = config.kind in MULTI_LAYER or isinstance(config, MultiLayerConfig) or mesh.latents * mesh.data > 1
@@ -262,7 +269,7 @@ def make_learner(
         return MultiLayerLearner(config, calibration, start=start, mesh=mesh)
     if start is not None and not isinstance(start, SingleLayer):
         raise InputError(f"a {config.kind} cannot begin from a {start.kind}; give a dictionary of the same kind.")
-    return SingleLayerLearner(config, calibration, initial=start)
+    return SingleLayerLearner(config, calibration, initial=start, splice=splice)
 
 
 def names_of(configs: Sequence[TrainConfig]) -> list[str]:
