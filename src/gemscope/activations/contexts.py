@@ -60,6 +60,11 @@ class LiveContexts:
         """Rows per epoch, estimated from a sample."""
         return self.live.rows
 
+    @property
+    def identity(self) -> str:
+        """That of the same rows shuffled, and that they come by contexts."""
+        return f"contexts of {self.live.identity}"
+
     def width(self, site: Site | str) -> int:
         """Width of a site's activations."""
         return self.live.width(site)
