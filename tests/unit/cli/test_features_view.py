@@ -58,6 +58,7 @@ def test_a_text_is_said_to_be_strongest_on_its_content_only():
     ("tokens", "count", "expected"),
     [
         (0, 0, "active on 26.442% of content tokens, at most 94"),
+        (0, 55, "active on 26.442% of content tokens, at most 94"),
         (500, 0, "active on 26.442% of content tokens, at most 94"),
         (208, 55, "active on 55 of 208 content tokens (26.442%), at most 94"),
     ],
