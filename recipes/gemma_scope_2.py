@@ -8,6 +8,7 @@ crosscoders and CLTs.
 
     gemscope train --recipe gemma_scope_2 --model gemma-3-4b-pt --list
     gemscope train ROWS --recipe gemma_scope_2 --model gemma-3-4b-pt --only 'resid_post/layer_17_width_16k_*'
+    gemscope train CHATS --recipe gemma_scope_2 --model gemma-3-4b-it --from FOLDER_WITH_THOSE_OF_4B_PT
 """
 
 from collections.abc import Iterator

@@ -64,6 +64,8 @@ def test_the_config_is_that_of_the_dictionary(before: Dictionary, tmp_path: Path
     with pytest.raises(InputError, match="--l0"):
         finetune_config(unknown)
     assert finetune_config(unknown, l0=9.0).target_l0 == 9.0
+    with pytest.raises(InputError, match="without the norm's gain"):
+        finetune_config(replace(loaded.config, read_gain=False))
 
 
 def test_frozen_decoders_stay_in_a_finetuned_crosscoder() -> None:
