@@ -131,10 +131,11 @@ class BatchReader:
             self._batch += 1
 
     def __next__(self) -> dict[Site, Float[Tensor, "batch width"]]:
-        while True:
+        for _ in range(4):  # what is left of an epoch, its end, and a batch of the next one
             batch = next(self._stream) if self._stream is not None else self._next_of_epoch()
             if batch is not None and len(batch[self._sites[0]]) == self._size:
                 return batch
+        raise InputError(f"an epoch has fewer rows than one batch of {self._size}; give more text or lower batch_size.")
 
     def _begin(self) -> Iterator[dict[Site, Tensor]]:
         return self._data.batches(self._sites, self._size, self._seed, self._epoch)

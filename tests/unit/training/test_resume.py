@@ -191,3 +191,13 @@ def test_a_reader_goes_on_where_another_was(kind: type[MemorySource]) -> None:
     other = BatchReader(data, [SITE], 30, 0)
     other.seek(where)
     assert all(torch.equal(next(other)[SITE], x) for x in rest)
+
+
+@pytest.mark.parametrize("kind", [MemorySource, _Store])
+def test_a_source_with_fewer_rows_than_it_thought_is_refused(kind: type[MemorySource]) -> None:
+    data = kind({SITE: torch.arange(100.0)[:, None]})
+    reader = BatchReader(data, [SITE], 30, 0)
+    data.data[SITE] = data.data[SITE][:20]
+    reader.seek(reader.position())
+    with pytest.raises(InputError, match="an epoch has fewer rows than one batch of 30"):
+        next(reader)
