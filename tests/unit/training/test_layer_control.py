@@ -16,7 +16,8 @@ CONFIG = MultiLayerConfig(
     layers=(1, 2),
     d_sae=48,
     target_l0=6.0,
-    steps=200,
+    steps=120,
+    annealing=0.2,
     batch_size=128,
     calibration_rows=1500,
 )
@@ -44,7 +45,9 @@ def trained(config: MultiLayerConfig) -> tuple[MultiLayerLearner, dict[Site, tor
 def test_the_l0_in_training_ends_at_the_target(weight: float) -> None:
     """With a frequency penalty too, which pulls all thresholds upwards."""
     learner, _, l0 = trained(dataclasses.replace(CONFIG, frequency_weight=weight, frequency_scale=0.5))
-    assert sum(l0[-30:]) / 30 == pytest.approx(6.0, rel=0.05)
+    assert sum(l0[-20:]) / 20 == pytest.approx(6.0, rel=0.05)
+    learner.control.done = 400  # before, it is too early to complain
+    learner.control.mean, learner.control.log_ratio = 6.1, 0.01
     assert learner.warnings() == ()
     learner.control.mean, learner.control.log_ratio = 12.0, 0.7
     assert "L0 is 12.0 where 6 was asked for" in learner.warnings()[0]
