@@ -216,25 +216,23 @@ def train(
     SystemExit after the checkpoint of a stopped run is written.
     """
     shared = _shared(configs, mesh)
-    batch_size, seed, calibration_rows = shared.batch_size, shared.seed, shared.calibration_rows
     device = device or torch.device("cpu")
     sites = list(dict.fromkeys(site for config in configs for site in config.sites))
-    reader = BatchReader(data, sites, batch_size, seed)
-    rows = first_rows(data, sites, calibration_rows, batch_size, seed)
-    others = None if heldout is None else first_rows(heldout, sites, calibration_rows, batch_size, seed)
-    first = _on(rows, device)
+    reader = BatchReader(data, sites, shared.batch_size, shared.seed)
+    first, identity = _first(data, sites, shared, device)
     learners = [make_learner(c, first, (start or {}).get(i), mesh, splice_of(reader, c)) for i, c in enumerate(configs)]
+    later, identity_held = (first, None) if heldout is None else _first(heldout, sites, shared, device)
     run = _Pass(
         configs=configs,
         names=names_of(configs),
         learners=learners,
         reader=reader,
-        calibration=first if others is None else _on(others, device),
+        calibration=later,
         rows=data.rows,
         keep=keep,
         inputs={
-            "rows": _identity(data, rows),
-            "held-out rows": None if heldout is None or others is None else _identity(heldout, others),
+            "rows": identity,
+            "held-out rows": identity_held,
             "first weights": _identity_of_weights(start or {}),
         },
         logs=() if keep is None or not mesh.is_first else keep.all_logs,
@@ -283,15 +281,16 @@ def names_of(configs: Sequence[TrainConfig]) -> list[str]:
     return names
 
 
-def _on(rows: Mapping[Site, torch.Tensor], device: torch.device) -> dict[Site, torch.Tensor]:
-    return {site: x.to(device) for site, x in rows.items()}
-
-
-def _identity(data: ActivationSource, rows: Rows) -> str:
-    """The source's own name for its rows, else their number and a hash of the first ones of each site."""
-    if isinstance(data, NamedSource):
-        return data.identity
-    return f"{data.rows} {checkpoint.hash_of(x[:_IDENTIFYING] for x in rows.values())}"
+def _first(
+    data: ActivationSource, sites: Sequence[Site], shared: TrainConfig, device: torch.device
+) -> tuple[Rows, str]:
+    """The calibration rows of a source, and what tells it from others: its own name for its rows, else their number and
+    a hash of the first ones of each site.
+    """
+    rows = first_rows(data, sites, shared.calibration_rows, shared.batch_size, shared.seed)
+    named = data.identity if isinstance(data, NamedSource) else None
+    identity = named or f"{data.rows} {checkpoint.hash_of(x[:_IDENTIFYING] for x in rows.values())}"
+    return {site: x.to(device) for site, x in rows.items()}, identity
 
 
 def _identity_of_weights(start: Mapping[int, Dictionary]) -> str | None:
