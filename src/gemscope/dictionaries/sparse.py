@@ -32,7 +32,8 @@ _BLOCK = {"cpu": 1 << 20}
 
 
 _DENSE = 0.1
-"""Share of all entries above which dense products are faster on a CPU (benchmarks/train_step.py measures it)."""
+"""Share of all entries above which products are dense. On a CPU they are faster from 0.14 at 16,384 latents, 0.19 at
+8,192 and 0.22 at 4,096 (benchmarks/crossing.py, d 640): up to there sparse ones do not lose. Not measured on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Support:
 
     @cached_property
     def is_dense(self) -> bool:
-        """Whether so many entries are there that dense matrices are faster."""
+        """Whether there are so many entries that dense matrices are used."""
         return len(self.rows) > _DENSE * self.batch * self.d_sae
 
     def between(self, first: int, last: int) -> tuple["Support", Bool[Tensor, " entries"]]:
