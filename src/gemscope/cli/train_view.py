@@ -14,7 +14,7 @@ from rich.text import Text
 from gemscope.cli.terminal import err
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
-from gemscope.training.planner import fits, plan, proposals, size_text
+from gemscope.training.planner import fits, plan, product_speed, proposals, size_text, time_text, work_text
 from gemscope.training.recipe import Entry, passes
 from gemscope.training.trainer import Progress, Trained, names_of
 
@@ -86,22 +86,25 @@ def trained_table(done: Sequence[Trained], folder: Path) -> RenderableType:
 
 
 def plan_table(configs: Sequence[TrainConfig], widths: Mapping[Site, int]) -> RenderableType:
-    """Memory, disk and work of a pass, whether it fits here, and what would make it fit."""
-    found = plan(configs, widths)
-    table = _table("dictionary", "weights", "moments", "gradients", "codes", "rows", "total")
-    for name, one in zip(names_of(configs), found.dictionaries, strict=True):
-        parts = (one.weights, one.moments, one.gradients, one.codes, one.batch, one.total)
-        table.add_row(name, *map(size_text, parts))
+    """Memory, disk, work and time of a pass, whether it fits here, and what would make it fit."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = plan(configs, widths, device=device)
+    table = _table("dictionary", "weights", "moments", "start", "step", "export")
+    for name, one in list(zip(names_of(configs), found.dictionaries, strict=True))[:_SHOWN]:
+        table.add_row(name, *map(size_text, (one.weights, one.moments, one.start, one.step, one.export)))
+    more = len(configs) - _SHOWN
     here, free = _memory()
-    enough = fits(found, free)
+    enough, speed = fits(found, free), product_speed(device)
     lines = [
-        f"memory       {size_text(found.total)}, calibration rows included; {size_text(free)} on {here}:"
-        f" {'it fits' if enough else 'it does not fit'}",
+        *([f"and {more} more"] if more > 0 else []),
+        f"memory       {size_text(found.total)} at most, while {found.fullest}, rows included;"
+        f" {size_text(free)} on {here}: {'it fits' if enough else 'it does not fit'}",
         f"checkpoint   {size_text(found.checkpoint)}",
         f"activations  {found.rows:,} tokens, {size_text(found.activations)} if each is stored once",
-        f"work         {found.flops:.2e} multiply-adds in the encoders",
+        f"work         {work_text(found.flops)} in the encoders' products",
+        f"time         more than {time_text(found.seconds(speed))}, which these products take at {work_text(speed)}/s",
     ]
-    lines += [f"instead      {text}" for text in ([] if enough else proposals(configs, widths, free))]
+    lines += [f"instead      {text}" for text in ([] if enough else proposals(configs, widths, free, device=device))]
     return Group(table, Text(), *(Text(line) for line in lines))
 
 

@@ -1,51 +1,43 @@
-"""What a training will take, said before it starts: memory of the weights, moments, activations and batch, disk, time.
+"""What a whole pass will take, said before it starts: memory at its fullest, disk, work, time; what would make it fit.
 
-The counts follow the code: ``multilayer`` keeps weights and one moment, and one decoder's gradient at a time (all
-encoders' and a tied decoder's own beside it); a single-layer SAE keeps weights, two moments and all gradients. The test
-beside this module compares them with a real step.
+Memory is what a run adds to the program itself: all the time weights and moments, both sets of calibration rows and the
+held-out ones; and on top the most that is there while rows are loaded, learners start, steps are made, or dictionaries
+are exported and measured (``memory``). A checkpoint is written from the weights as they are.
+
+Time is that of the encoder products at a speed measured in the fastest number type that training uses here. No step
+undercuts it; one of 16,384 latents takes about a third more (benchmarks/train_step.py), over several layers it is more.
 """
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Literal
 
+import torch
+
+from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
-from gemscope.training.config import MULTI_LAYER, TrainConfig
+from gemscope.dictionaries.products import Affine
+from gemscope.dictionaries.screening import bf16_is_fast
+from gemscope.training.config import TrainConfig
+from gemscope.training.memory import CPU, Memory, memory_of
 from gemscope.training.multilayer import MultiLayerConfig
+from gemscope.training.recipe import Entry
 
-_INDEX, _FLOAT = 8, 4
-_BLOCK = 1 << 20
-"""Elements of temporary memory in an optimiser's step and of pre-activations held at a time."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one dictionary in one process."""
-
-    weights: int
-    moments: int
-    gradients: int
-    """The largest that exist at one time."""
-    codes: int
-    """Entries of the batch and what is computed on them."""
-    batch: int
-    """Rows of the batch, scaled, and reconstructions."""
-    host: int = 0
-    """Of weights and moments, what lies in the host's memory when the rest is on a device."""
-
-    @property
-    def total(self) -> int:
-        """On the device."""
-        return self.weights + self.moments + self.gradients + self.codes + self.batch - self.host
+_FLOAT = 4
+HELD_OUT = 8192
+"""Rows that ``heldout`` measures on, at most."""
+Phase = Literal["loading rows", "starting", "training", "exporting"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pass takes."""
+    """What a pass takes in one process."""
 
     dictionaries: Sequence[Memory]
-    calibration: int
-    """Bytes of the calibration rows, fp32."""
+    phases: Mapping[Phase, int]
+    """Bytes on the device while a phase is at its fullest, everything included."""
     checkpoint: int
     """Bytes of a checkpoint on the disk."""
     rows: int
@@ -53,53 +45,67 @@ class Plan:
     activations: int
     """Bytes of as many stored rows in bf16."""
     flops: float
-    """Of the encoder products, which are nearly all: 2 d_in d_sae a row and layer, forward."""
+    """Of the encoder products: 2 d_in d_sae a row and layer, forward. Everything after them is sparse."""
 
     @property
     def total(self) -> int:
-        """Bytes on the device."""
-        return sum(one.total for one in self.dictionaries) + self.calibration
+        """Bytes on the device at the fullest moment."""
+        return max(self.phases.values())
+
+    @property
+    def fullest(self) -> Phase:
+        """When that is."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
 
     def seconds(self, flops_per_second: float) -> float:
-        """Time at a measured speed of dense products."""
+        """Time of the encoder products alone, at a measured speed (``product_speed``)."""
         return self.flops / flops_per_second
 
 
-def plan(configs: Sequence[TrainConfig], widths: Mapping[Site, int], shards: int = 1, data_shards: int = 1) -> Plan:
-    """The memory of a pass with latents over ``shards`` processes and rows over ``data_shards``."""
-    sites = dict.fromkeys(site for config in configs for site in config.sites)
-    rows = configs[0].steps * configs[0].batch_size
-    row = sum(widths[site] for site in sites)
-    memory = [memory_of(c, widths, shards, data_shards) for c in configs]
+def plan(
+    configs: Sequence[TrainConfig],
+    widths: Mapping[Site, int],
+    shards: int = 1,
+    data_shards: int = 1,
+    *,
+    device: torch.device = CPU,
+    held_out: int | None = None,
+) -> Plan:
+    """The needs of one pass over rows of these widths, with latents over ``shards`` processes and rows over
+    ``data_shards``; ``held_out`` is how many rows there are to measure on, None for enough.
+
+    Raises InputError when a site is not among those of ``widths``.
+    """
+    sites = list(dict.fromkeys(site for config in configs for site in config.sites))
+    if missing := next((site for site in sites if site not in widths), None):
+        raise InputError(f"there are no rows of {missing}; choose among {', '.join(map(str, widths))}, or harvest it.")
+    first, row = configs[0], sum(widths[site] for site in sites)
+    on_host = device.type == "cpu"
+    held = HELD_OUT if held_out is None else min(HELD_OUT, held_out)
+    later = first.calibration_rows if held_out is None else min(first.calibration_rows, held_out)
+    memory = [memory_of(c, widths, shards, data_shards, held_out=held, device=device) for c in configs]
+    kept = sum(m.kept for m in memory) + _FLOAT * row * (first.calibration_rows + later + (held if on_host else 0))
+    batch = _FLOAT * row * first.batch_size
+    done = sum(m.finished for m in memory) if on_host else 0
+    phases: dict[Phase, int] = {
+        "loading rows": kept - sum(m.kept for m in memory) + _FLOAT * row * first.calibration_rows,
+        "starting": kept + max(m.start for m in memory),
+        "training": kept + batch + max(m.step for m in memory),
+        "exporting": kept + batch + done + max(m.export - (m.finished if on_host else 0) for m in memory),
+    }
+    rows = first.steps * first.batch_size
     flops = sum(2.0 * rows * len(c.reads) * widths[c.site] * c.d_sae for c in configs)
-    kept = sum(m.weights + m.moments for m in memory) * shards
-    return Plan(memory, configs[0].calibration_rows * row * _FLOAT, kept, rows, rows * row * 2, flops)
+    stored = sum(m.weights + m.moments for m in memory) * shards
+    return Plan(memory, phases, stored, rows, rows * row * 2, flops)
 
 
-def memory_of(config: TrainConfig, widths: Mapping[Site, int], shards: int = 1, data_shards: int = 1) -> Memory:
-    """One dictionary's share of a process's memory."""
-    n, F = len(config.reads), config.d_sae // shards
-    d_in, d_out = widths[config.site], widths[config.writes[0]]
-    options = config if isinstance(config, MultiLayerConfig) else None
-    tied = options is not None and options.tied
-    pairs = n if tied else n * (n + 1) // 2
-    decoders, encoders = pairs * F * d_out, n * F * d_in
-    small = n * (2 * F + d_out) + (n * d_in * d_out if options is not None and options.has_skip else 0)
-    weights = _FLOAT * (decoders + encoders + small)
-    streamed = options is not None or config.kind in MULTI_LAYER
-    moment = 2 if options is not None and options.moments == "bfloat16" else _FLOAT
-    moments = moment * (decoders + encoders) + _FLOAT * small if streamed else 2 * weights
-    if streamed:  # the gradient of one decoder and its sum, or of all tied ones; then of one encoder
-        gradients = _FLOAT * F * (d_out * (n if tied else 1) if n > 1 or tied else max(d_in, d_out))
-        gradients = max(gradients, _FLOAT * F * d_in) + 4 * _FLOAT * _BLOCK
-    else:
-        gradients = weights
-    batch = config.batch_size // data_shards
-    entries = 1.5 * batch * config.first_l0 / shards
-    codes = int(entries * (9 * _INDEX + 7 * _FLOAT)) + 2 * _FLOAT * _BLOCK
-    rows = _FLOAT * batch * (2 * n * d_in + 2 * n * d_out + d_out * 4 * (len(config.prefixes) + 1))
-    host = (_FLOAT + moment) * decoders if options is not None and options.offload else 0
-    return Memory(weights, moments, gradients, codes, rows, host)
+def widths_of(entries: Sequence[Entry]) -> dict[Site, int]:
+    """Width of every site that entries of a recipe read or write: what ``plan`` needs when no rows are harvested yet.
+
+    Only entries of one pass (``recipe.passes``) can be planned together.
+    """
+    found = {site: entry.width for entry in entries for site in entry.config.reads}
+    return found | {s: e.width_out for e in entries for s in e.config.writes if s not in found}
 
 
 def fits(found: Plan, available: int) -> bool:
@@ -107,47 +113,126 @@ def fits(found: Plan, available: int) -> bool:
     return found.total <= available
 
 
+def warning(found: Plan, available: int) -> str | None:
+    """One sentence for a pass that will not fit into so many bytes; None when it fits."""
+    if fits(found, available):
+        return None
+    return (
+        f"this run will take {size_text(found.total)} while {found.fullest}, but {size_text(available)} are free;"
+        " gemscope train --plan says what would make it fit."
+    )
+
+
+def product_speed(device: torch.device = CPU, rounds: int = 3) -> float:
+    """FLOP a second of an encoder product, in bf16 where that is fast, the fastest of a few: a fraction of a second."""
+    rows, d_in, d_sae = (256, 640, 4096) if device.type == "cpu" else (4096, 2560, 16384)
+    given: dict[str, Any] = {"dtype": torch.bfloat16 if bf16_is_fast(device) else torch.float32, "device": device}
+    product = Affine(torch.ones(d_in, d_sae, **given), torch.zeros(d_sae, **given))
+    x = torch.ones(rows, d_in, **given)
+    best = float("inf")
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        product(x)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * rows * d_in * d_sae / best
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Something that takes less memory."""
+
+    name: str
+    options: Mapping[str, Any]
+    """Of a ``MultiLayerConfig``."""
+    spreads: bool = False
+    """Over two processes or more."""
+    needs_device: bool = False
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """The config with it; the same where it is not for its kind."""
+        return replace(config, **self.options) if isinstance(config, MultiLayerConfig) else config
+
+
+_CHANGES = (
+    _Change("bf16 moments", {"moments": "bfloat16"}),
+    _Change("decoders offloaded", {"offload": True}, needs_device=True),
+    _Change("latents over {} processes", {}, spreads=True),
+)
+
+
 def proposals(
-    configs: Sequence[TrainConfig], widths: Mapping[Site, int], available: int, most_shards: int = 64
+    configs: Sequence[TrainConfig],
+    widths: Mapping[Site, int],
+    available: int,
+    most_shards: int = 64,
+    *,
+    device: torch.device = CPU,
 ) -> list[str]:
-    """What would make a pass fit that does not, the least change first; empty when it fits as it is."""
-    if fits(plan(configs, widths), available):
+    """What would make a pass fit that does not: single changes, or where none is enough pairs of them, the least first;
+    empty when it fits as it is. Decoders are offloaded only from a device with memory of its own.
+    """
+    if fits(plan(configs, widths, device=device), available):
         return []
+    changes = [change for change in _CHANGES if device.type != "cpu" or not change.needs_device]
     found: list[str] = []
-    halved = [_changed(c, moments="bfloat16") for c in configs]
-    if fits(plan(halved, widths), available):
-        found.append(f"bf16 moments: {_size(plan(halved, widths).total)}")
-    away = [_changed(c, offload=True) for c in configs]
-    if fits(plan(away, widths), available):
-        host = sum(m.host for m in plan(away, widths).dictionaries)
-        found.append(f"decoders offloaded: {_size(plan(away, widths).total)} on the device, {_size(host)} on the host")
-    shards = 2
-    while shards <= most_shards:
-        if all(c.d_sae % shards == 0 for c in configs) and fits(plan(configs, widths, shards), available):
-            found.append(f"latents over {shards} processes: {_size(plan(configs, widths, shards).total)} each")
-            break
-        shards *= 2
+    for size in (1, 2):
+        tried = (_fitting(configs, widths, available, most_shards, device, how) for how in combinations(changes, size))
+        found = found or [text for text in tried if text is not None]
     if len(configs) > 1:
-        largest = max(memory_of(c, widths).total for c in configs)
+        largest = max(plan([c], widths, device=device).total for c in configs)
         if largest <= available:
-            found.append(f"fewer dictionaries in one pass: the largest alone takes {_size(largest)}")
+            found.append(f"fewer dictionaries in one pass: the largest alone takes {size_text(largest)}")
     return found or [
-        f"nothing here makes it fit into {_size(available)}; use fewer latents or layers, or tied decoders"
+        f"nothing here makes it fit into {size_text(available)}; use fewer latents, layers or calibration rows, or tied"
+        " decoders"
     ]
 
 
-def _changed(config: TrainConfig, **more: Any) -> TrainConfig:
-    given: dict[str, Any] = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    return MultiLayerConfig(**{**given, **more}) if config.kind in MULTI_LAYER else config
+def _fitting(
+    configs: Sequence[TrainConfig],
+    widths: Mapping[Site, int],
+    available: int,
+    most_shards: int,
+    device: torch.device,
+    how: Sequence[_Change],
+) -> str | None:
+    """What the pass takes with these changes, in words; None when it does not fit."""
+    for change in how:
+        configs = [change.apply(config) for config in configs]
+    shards = 2 if any(change.spreads for change in how) else 1
+    while shards <= most_shards and all(config.d_sae % shards == 0 for config in configs):
+        found = plan(configs, widths, shards, device=device)
+        if fits(found, available):
+            host = sum(m.host for m in found.dictionaries)
+            where = f" on the device, {size_text(host)} on the host" if host else ""
+            names = " and ".join(change.name.format(shards) for change in how)
+            return f"{names}: {size_text(found.total)}{where}{' each' if shards > 1 else ''}"
+        if shards == 1:
+            return None
+        shards *= 2
+    return None
 
 
-def _size(count: float | int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+def size_text(count: float | int) -> str:
+    """Bytes as people read them."""
+    return _with_unit(count, ("B", "kB", "MB", "GB", "TB"))
 
 
-size_text = _size
-"""Bytes as people read them."""
+def work_text(flops: float | int) -> str:
+    """FLOP as people read them."""
+    return _with_unit(flops, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"))
+
+
+def time_text(seconds: float | int) -> str:
+    """Time as people read it."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _with_unit(count: float | int, units: Sequence[str]) -> str:
+    at = 0
+    while count >= 1000 and at < len(units) - 1:
+        count, at = count / 1000, at + 1
+    return f"{count:.3g} {units[at]}"
