@@ -15,15 +15,7 @@ from gemscope.cli.terminal import err
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
 from gemscope.training.memory import memory_of
-from gemscope.training.planner import (
-    fits,
-    plan,
-    product_speed,
-    proposals,
-    size_text,
-    time_text,
-    work_text,
-)
+from gemscope.training.planner import fits, plan, product_speed, proposals, size_text, time_text, work_text
 from gemscope.training.recipe import Entry, passes
 from gemscope.training.trainer import Progress, Trained, names_of
 

@@ -22,7 +22,7 @@ from gemscope.core.errors import FormatError, InputError
 from gemscope.core.files import atomic_folder, read_json, read_tensors, write_json, write_tensors
 
 FORMAT = "gemscope.checkpoint"
-VERSION = 1
+VERSION = 2
 _TENSOR, _TUPLE = "$tensor", "$tuple"
 
 
