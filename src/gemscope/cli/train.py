@@ -118,10 +118,16 @@ def _go(o: SimpleNamespace) -> None:
     from gemscope.cli.terminal import out
     from gemscope.cli.train_configs import entries, jobs
     from gemscope.cli.train_view import plan_table, recipe_table
+    from gemscope.training.planner import widths_of
+    from gemscope.training.recipe import passes as passes_of
 
     live: str | None = o.live
     if o.show:
         out().print(recipe_table(entries(o)))
+        return
+    if o.plan and o.recipe is not None and o.rows is None and live is None:
+        for group in passes_of(entries(o)):
+            out().print(plan_table([entry.config for entry in group], widths_of(group)), soft_wrap=True)
         return
     rows = None if live is not None else _given_rows(o.rows)
     passes = jobs(o, rows)
@@ -223,7 +229,8 @@ def _pass(
     mesh: "Mesh",
 ) -> "list[Trained]":
     """One pass over the training side of the rows, into ``folder``."""
-    from gemscope.cli.train_view import LiveTable
+    from gemscope.cli.terminal import err
+    from gemscope.cli.train_view import LiveTable, memory_warning
     from gemscope.training.origins import begin
     from gemscope.training.run import RunOptions, run
     from gemscope.training.tensorboard import TensorBoard
@@ -231,6 +238,8 @@ def _pass(
 
     training, heldout = sides
     configs = [job.entry.config for job in group]
+    if mesh.is_first and (said := memory_warning(configs, rows.widths, mesh, device)) is not None:
+        err().print(said, style="yellow", soft_wrap=True)
     sinks: list[Any] = []
     if mesh.is_first and o.tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard"))

@@ -15,8 +15,9 @@ from gemscope.cli.terminal import err
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
 from gemscope.training.memory import memory_of
-from gemscope.training.planner import fits, plan, product_speed, proposals, size_text, time_text, work_text
+from gemscope.training.planner import fits, plan, product_speed, proposals, size_text, time_text, warning, work_text
 from gemscope.training.recipe import Entry, passes
+from gemscope.training.sharding import Mesh
 from gemscope.training.trainer import Progress, Trained, names_of
 
 _SHOWN = 20
@@ -110,6 +111,13 @@ def plan_table(configs: Sequence[TrainConfig], widths: Mapping[Site, int]) -> Re
     ]
     lines += [f"instead      {text}" for text in ([] if enough else proposals(configs, widths, free, device=device))]
     return Group(table, Text(), *(Text(line) for line in lines))
+
+
+def memory_warning(
+    configs: Sequence[TrainConfig], widths: Mapping[Site, int], mesh: Mesh, device: torch.device
+) -> str | None:
+    """What is to be said before a pass that will not fit here."""
+    return warning(plan(configs, widths, mesh.latents, mesh.data, device=device), _memory()[1])
 
 
 def _memory() -> tuple[str, int]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gemscope.artifacts import native
+from gemscope.cli import train_view
 from gemscope.core.errors import InputError
 from gemscope.training.origins import find
 from gemscope.training.recipe import Entry, Finished, load, passes
@@ -171,3 +172,23 @@ def test_what_the_tuned_models_of_gemma_scope_2_begin_from_is_found_as_it_is_fet
     folder.mkdir(parents=True)
     for given in (tmp_path, tmp_path / "google" / "gemma-scope-2-4b-pt"):
         assert find(start, [tmp_path / "elsewhere", given]) == folder
+
+
+def test_a_recipe_is_planned_without_rows_pass_by_pass(train: Train, tmp_path: Path) -> None:
+    path = recipe(tmp_path, "return [sae(0, steps=2), sae(1, steps=4), sae(2, steps=2)]")
+    done = train("--recipe", path, "--model", "m", "--plan", "--out", tmp_path / "out", on=None)
+    assert done.exit_code == 0, done.stderr
+    plans = done.stdout.split("checkpoint")
+    assert len(plans) == 3
+    assert [plan.count("sae.resid_post") for plan in plans] == [2, 1, 0]
+    assert "128 tokens, 6.14 kB" in plans[1]  # 2 steps of 64 rows of 2 sites, 12 wide, in bf16
+
+
+def test_what_will_not_fit_is_said_before_it_begins(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(tmp_path, "return [sae(0)]")
+    words = ("--recipe", path, "--model", "m", "--held-out", "0.2", "--out")
+    assert "will take" not in train(*words, tmp_path / "one").stderr
+    monkeypatch.setattr(train_view, "_memory", lambda: ("here", 1000))
+    assert "will take" in train(*words, tmp_path / "two").stderr.splitlines()[0]
