@@ -39,7 +39,7 @@ RECIPES: Mapping[Method, Mapping[str, Any]] = {
 """What differs from the trainer's defaults, by method; the same for all worlds of one layer."""
 SEVERAL_LAYERS: Mapping[Method, Mapping[str, Any]] = {
     "jumprelu": {"learning_rate": 6e-3, "decay": 0.3, "sparsity_weight": 0.01, "from_data": True},
-    "batchtopk": {"learning_rate": 6e-3, "dead_weight": 0.0, "from_data": True, **_MANY_FIRST},
+    "batchtopk": {"learning_rate": 6e-3, "from_data": True, **_MANY_FIRST},
 }
 """The same for all worlds of several layers, whose trainer is another."""
 BATCH = 1024
