@@ -7,8 +7,9 @@ import torch
 
 from gemscope.core.sites import Site
 from gemscope.training.multilayer import MultiLayerConfig
+from gemscope.training.outcome import Keeping, Trained
 from gemscope.training.sharding import start, stop
-from gemscope.training.trainer import Keeping, Trained, train
+from gemscope.training.trainer import train
 from unit.training.worlds import MemorySource, superposition
 
 SITES = [Site("resid_post", i) for i in (1, 2)]

@@ -12,8 +12,9 @@ import torch
 
 from distributed.sharded_run import SITES
 from gemscope.training.config import TrainConfig
+from gemscope.training.outcome import Keeping
 from gemscope.training.sharding import start
-from gemscope.training.trainer import Keeping, train
+from gemscope.training.trainer import train
 from unit.training.worlds import MemorySource, superposition
 
 CALIBRATION_BATCHES = 2

@@ -18,8 +18,9 @@ from distributed.sharded_run import configs, source, weights
 from gemscope.core.errors import InputError
 from gemscope.core.files import read_tensors
 from gemscope.training.log import read_log
+from gemscope.training.outcome import Keeping
 from gemscope.training.sharding import ALONE, start
-from gemscope.training.trainer import Keeping, train
+from gemscope.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 

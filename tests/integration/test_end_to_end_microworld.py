@@ -15,7 +15,8 @@ from gemscope.models.gemma import Gemma
 from gemscope.suites.corpus import GeneratedText, heldout_text
 from gemscope.training.config import TrainConfig
 from gemscope.training.finetune import finetune_config
-from gemscope.training.trainer import Trained, train
+from gemscope.training.outcome import Trained
+from gemscope.training.trainer import train
 
 SITE = Site("resid_post", 4)
 FEW = {"batch_size": 256, "calibration_rows": 512}

@@ -21,7 +21,8 @@ from gemscope.evaluation.worlds.tiers import Method, Tier, tier
 from gemscope.evaluation.worlds.world import Stream, World
 from gemscope.training.config import TrainConfig
 from gemscope.training.multilayer import MultiLayerConfig
-from gemscope.training.trainer import Progress, train
+from gemscope.training.outcome import Progress
+from gemscope.training.trainer import train
 
 _MANY_FIRST = {"decay": 0.3, "first_k_factor": 8 / 3}
 RECIPES: Mapping[Method, Mapping[str, Any]] = {

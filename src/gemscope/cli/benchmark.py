@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from gemscope.benchmark.worlds import Line, Run
-    from gemscope.training.trainer import Progress
+    from gemscope.training.outcome import Progress
 
 app = typer.Typer(help="Our trainer on tasks whose answer is known.", no_args_is_help=True)
 

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from gemscope import __version__
-from gemscope.cli import artifacts, benchmark, catalogue, features, lens, store
+from gemscope.cli import artifacts, benchmark, catalogue, features, indexing, lens, store
 from gemscope.cli.evaluate import compare, evaluate
 from gemscope.cli.train import train
 from gemscope.core.errors import GemscopeError
@@ -171,6 +171,7 @@ def _show(reading: "Reading", as_json: bool) -> None:
 lens.register(app)
 artifacts.register(app)
 benchmark.register(app)
+indexing.register(app)
 features.register(app)
 app.command()(train)
 app.command()(evaluate)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from gemscope.cli.rows import Rows
     from gemscope.cli.train_configs import Job
     from gemscope.training.config import TrainConfig
+    from gemscope.training.outcome import Evaluate, Trained
     from gemscope.training.sharding import Mesh
-    from gemscope.training.trainer import Evaluate, Trained
 
 _LOSS_TOKENS, _LOSS_DOCUMENTS = 12_000, 64
 

@@ -15,10 +15,11 @@ from gemscope.cli.terminal import err
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
 from gemscope.training.memory import memory_of
+from gemscope.training.outcome import Progress, Trained
 from gemscope.training.planner import fits, plan, product_speed, proposals, size_text, time_text, warning, work_text
 from gemscope.training.recipe import Entry, passes
 from gemscope.training.sharding import Mesh
-from gemscope.training.trainer import Progress, Trained, names_of
+from gemscope.training.trainer import names_of
 
 _SHOWN = 20
 """Dictionaries shown while running."""

@@ -24,7 +24,8 @@ from gemscope.suites.corpus import heldout_text, training_text
 from gemscope.training.config import TrainConfig
 from gemscope.training.heldout import HeldOut
 from gemscope.training.multilayer import MultiLayerConfig
-from gemscope.training.trainer import Progress, Trained, names_of, train
+from gemscope.training.outcome import Progress, Trained
+from gemscope.training.trainer import names_of, train
 
 Count = Callable[[str, int, int, str], None]
 """Called with (stage, done, total, unit)."""

@@ -37,7 +37,7 @@ from gemscope.suites import indexing, others
 from gemscope.suites.config import QuickstartConfig
 from gemscope.suites.corpus import fingerprint, heldout_text, training_text
 from gemscope.suites.suite import Suite, activations_folder, dictionary_folder, evaluation_path
-from gemscope.training.trainer import Progress as TrainProgress
+from gemscope.training.outcome import Progress as TrainProgress
 from gemscope.training.trainer import train
 
 

@@ -22,9 +22,10 @@ from gemscope.training.config import TrainConfig
 from gemscope.training.data import ActivationSource
 from gemscope.training.heldout import HeldOut
 from gemscope.training.log import Log
+from gemscope.training.outcome import Evaluate, Keeping, Progress, Trained
 from gemscope.training.sharding import ALONE, Mesh
 from gemscope.training.sweep import REPORT, Point, write_report
-from gemscope.training.trainer import Evaluate, Keeping, Progress, Trained, names_of, train
+from gemscope.training.trainer import names_of, train
 
 
 @dataclass(frozen=True)

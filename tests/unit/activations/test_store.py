@@ -21,7 +21,8 @@ from gemscope.core.errors import FormatError, InputError
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
 from gemscope.training.data import SeekableSource
-from gemscope.training.trainer import Keeping, train
+from gemscope.training.outcome import Keeping
+from gemscope.training.trainer import train
 from unit.activations import small
 
 READING = Reading(block_rows=32, open_shards=2, pool_rows=400)

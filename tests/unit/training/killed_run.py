@@ -9,7 +9,8 @@ import torch
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
 from gemscope.training.multilayer import MultiLayerConfig
-from gemscope.training.trainer import Keeping, Progress, train
+from gemscope.training.outcome import Keeping, Progress
+from gemscope.training.trainer import train
 from unit.training.worlds import MemorySource, superposition
 
 STEPS = 60

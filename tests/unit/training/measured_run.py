@@ -14,9 +14,9 @@ from worlds import MemorySource
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
 from gemscope.training.multilayer import MultiLayerConfig
+from gemscope.training.outcome import Progress
 from gemscope.training.planner import plan
 from gemscope.training.run import RunOptions, run
-from gemscope.training.trainer import Progress
 
 READ, WRITTEN = Site("mlp_in", 0), Site("mlp_out", 0)
 

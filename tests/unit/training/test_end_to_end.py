@@ -23,9 +23,10 @@ from gemscope.models.tokens import Batch, Tokens
 from gemscope.training import end_to_end
 from gemscope.training.config import TrainConfig
 from gemscope.training.data import BatchReader
+from gemscope.training.outcome import Keeping, Progress
 from gemscope.training.outer import OuterGradient
 from gemscope.training.single import SingleLayerLearner
-from gemscope.training.trainer import Keeping, Progress, train
+from gemscope.training.trainer import train
 from unit.models import tiny_gemma
 from unit.training.worlds import MemorySource
 

@@ -23,10 +23,11 @@ from gemscope.dictionaries.single import SingleLayer
 from gemscope.training import checkpoint, trainer
 from gemscope.training.config import TrainConfig
 from gemscope.training.log import read_log
+from gemscope.training.outcome import Keeping, Progress, Trained
 from gemscope.training.run import RunOptions, run
 from gemscope.training.sharding import Mesh
 from gemscope.training.stopping import Stop
-from gemscope.training.trainer import Keeping, Progress, Trained, train
+from gemscope.training.trainer import train
 from unit.training.worlds import SITE, MemorySource, superposition
 
 QUICK = TrainConfig(SITE, d_sae=24, target_l0=4.0, steps=12, batch_size=64, calibration_rows=128)

@@ -10,8 +10,9 @@ import pytest
 
 from gemscope.training.config import TrainConfig
 from gemscope.training.log import Log, read_log
+from gemscope.training.outcome import Keeping, Progress
 from gemscope.training.tensorboard import TensorBoard
-from gemscope.training.trainer import Keeping, Progress, names_of, train
+from gemscope.training.trainer import names_of, train
 from gemscope.training.wandb import WeightsAndBiases
 from unit.training.worlds import SITE, MemorySource, superposition
 

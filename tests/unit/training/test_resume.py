@@ -19,7 +19,8 @@ from gemscope.core.sites import Site
 from gemscope.training import checkpoint
 from gemscope.training.data import BatchReader, SeekableSource
 from gemscope.training.log import JsonLines, read_log
-from gemscope.training.trainer import Keeping, Trained, train
+from gemscope.training.outcome import Keeping, Trained
+from gemscope.training.trainer import train
 from unit.training.killed_run import STEPS, configs, source
 from unit.training.worlds import SITE, MemorySource
 

@@ -15,7 +15,8 @@ from gemscope.core.provenance import collect
 from gemscope.core.sites import Site
 from gemscope.dictionaries.base import Dictionary
 from gemscope.training.config import TrainConfig
-from gemscope.training.trainer import Progress, Trained, train
+from gemscope.training.outcome import Progress, Trained
+from gemscope.training.trainer import train
 from unit.training.worlds import OTHER, SITE, MemorySource, superposition
 
 QUICK = TrainConfig(SITE, d_sae=64, target_l0=4.0, steps=12, batch_size=128, calibration_rows=512)

@@ -1,0 +1,157 @@
+"""``gemscope index``: an index made over a store, read from or written in the layouts of others."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemscope.cli.cluster import Ray, RayCommand, Workers
+from gemscope.cli.features import Json, Model, SuiteFolder, loaded_in, name_of, opened_index
+from gemscope.core.errors import InputError
+
+if TYPE_CHECKING:
+    from gemscope.features.index import FeatureIndex
+
+_INDEX = Path("index")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command(cls=RayCommand)(index)
+
+
+def index(
+    store: Annotated[Path | None, typer.Option(help="Folder of a store of activations.", show_default=False)] = None,
+    dictionary: Annotated[
+        list[Path] | None, typer.Option("--dictionary", "-d", help="Folder of a dictionary; may be repeated.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the index; the same one again goes on.", show_default="index"),
+    ] = None,
+    model: Model = None,
+    top: Annotated[int | None, typer.Option(help="Strongest examples of a latent.", show_default="20")] = None,
+    groups: Annotated[int | None, typer.Option(help="Quantile groups of its activations.", show_default="5")] = None,
+    per_group: Annotated[int | None, typer.Option(help="Random examples of each group.", show_default="5")] = None,
+    sample: Annotated[int | None, typer.Option(help="Tokens they are chosen from.", show_default="64")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens known on both sides.", show_default="12")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random choices.", show_default="0")] = None,
+    share: Annotated[str, typer.Option("--slice", help="Of several workers, which: 0/3.")] = "0/1",
+    ray: Ray = None,
+    workers: Workers = 2,
+    suite: SuiteFolder = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--from", help="Read Neuronpedia's layout, or examples.safetensors.", show_default=False),
+    ] = None,
+    into: Annotated[
+        Path | None, typer.Option("--to", help="Write the index in Neuronpedia's layout.", show_default=False)
+    ] = None,
+    examples: Annotated[bool, typer.Option("--examples", help="With --to: write examples.safetensors.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Index every latent of dictionaries over a store, in one pass; or read and write indexes of others.
+
+    With --store, run it on several machines with --ray, or with --slice i/n; who comes last writes the index. What was
+    finished is kept after a stop. With --to, --dictionary adds the directions of dictionaries to the bundle.
+    """
+    from gemscope.cli.terminal import err
+    from gemscope.cli.terminal import out as screen
+
+    if into is not None:
+        written = _export(out, suite, model, into, dictionary, examples)
+        screen().print(f"{len(written)} files in {into}")
+        return
+    place = out or _INDEX
+    if bundle is not None:
+        made = _import(bundle, place, model, top)
+    else:
+        sizes = {"top": top, "groups": groups, "per_group": per_group, "sample": sample}
+        chosen = {**sizes, "window": window, "seed": seed}
+        made = _build(store, dictionary or [], place, model, share, None if ray is None else (ray, workers), chosen)
+    if made is None:
+        err().print("this slice is done; the index is written when all slices are.")
+    elif as_json:
+        print(json.dumps(dict(made.about), indent=2, ensure_ascii=False))
+    else:
+        screen().print(
+            f"{len(made):,} latents of {len(made.names)} dictionaries over {made.about['tokens']:,} tokens: {place}"
+        )
+
+
+def _export(
+    folder: Path | None, suite: Path | None, model: str | None, into: Path, given: list[Path] | None, examples: bool
+) -> list[Path]:
+    """Write an index in a layout of others: that in ``folder``, or the suite's."""
+    from gemscope.features.neuronpedia import export_bundle
+    from gemscope.features.scope_examples import export_examples
+
+    if folder is not None and not (folder / "index.json").is_file():
+        raise InputError(f"there is no index in {folder}; give the folder of one with --out, or none for the suite's.")
+    if folder is None and suite is None and model is None and (_INDEX / "index.json").is_file():
+        folder = _INDEX
+    _, made = opened_index(suite, model, folder)
+    if examples:
+        return [export_examples(made, name, into / name) for name in made.names]
+    found = loaded_in(None, given) if given else None
+    if found and (others := [name for name in found if name not in made.sizes]):
+        raise InputError(f"the index has no dictionary {others[0]}; it has {', '.join(made.names)}.")
+    return export_bundle(made, into, found)
+
+
+def _import(evidence: Path, out: Path, model: str | None, top: int | None) -> "FeatureIndex":
+    """Read Neuronpedia's layout, or the ``examples.safetensors`` beside a dictionary."""
+    from gemscope.artifacts.examples import FILE
+    from gemscope.features.config import IndexConfig
+    from gemscope.features.neuronpedia import import_bundle
+    from gemscope.features.scope_examples import import_examples
+    from gemscope.models.gemma import Gemma
+
+    if not (evidence / FILE).is_file():
+        return import_bundle(evidence, out)
+    if model is None:
+        raise InputError(f"{FILE} has no spellings of its tokens; give its model with --model.")
+    name = evidence.resolve().name
+    return import_examples(evidence, out, Gemma.load(model), name=name, top=IndexConfig.top if top is None else top)
+
+
+def _build(
+    store: Path | None,
+    folders: list[Path],
+    out: Path,
+    model: str | None,
+    share: str,
+    ray: tuple[str, int] | None,
+    chosen: dict[str, int | None],
+) -> "FeatureIndex | None":
+    from gemscope.activations.harvesting import Slice
+    from gemscope.activations.store import Store
+    from gemscope.artifacts import formats
+    from gemscope.cli.cluster import ray_config
+    from gemscope.cli.terminal import StageBars
+    from gemscope.features.blocks import StoreRows
+    from gemscope.features.cluster import index_on_ray
+    from gemscope.features.config import IndexConfig
+    from gemscope.features.index import index as build
+    from gemscope.models.gemma import Gemma
+    from gemscope.suites.quickstart import StageProgress
+
+    if store is None or not folders:
+        raise InputError("give a store with --store and at least one --dictionary; a suite has its index already.")
+    opened = Store.open(store)
+    found = {name_of(loaded, folder): loaded for folder in folders for loaded in [formats.load(folder)]}
+    if len(found) < len(folders):
+        raise InputError("two of the dictionaries have the same name; give their folders different names.")
+    config = IndexConfig(**{name: value for name, value in chosen.items() if value is not None})
+    plan = opened.plan.config
+    gemma = Gemma.load(model or str(plan["model"]), revision=None if model else plan.get("revision"))
+    rows = StoreRows(opened)
+    with StageBars() as bars:
+
+        def progress(done: int, total: int) -> None:
+            bars(StageProgress("index", done, total, "tokens"))
+
+        if ray is not None:
+            return index_on_ray(out, rows, found, ray_config(*ray), config, gemma=gemma, progress=progress)
+        return build(out, rows, found, config, gemma=gemma, share=Slice.parse(share), progress=progress)
