@@ -73,11 +73,12 @@ def _page(feature: Feature, about: Mapping[str, Any], width: int, examples: int)
         yield Text(f"and on {share}, at most {feature.special_peak:.4g}")
     yield from _bars(feature, about, width)
     yield Text()
-    yield _line("promotes", [f"{shown(t)} {v:+.2f}" for t, v in feature.promoted], width)
-    yield _line("suppresses", [f"{shown(t)} {v:+.2f}" for t, v in feature.suppressed], width)
-    for out, tokens in enumerate(feature.by_output):
-        if tokens:
-            yield _line(f"  output {out}", [shown(t) for t, _ in tokens], width)
+    shifts = ("promotes", feature.promoted, feature.by_output)
+    for title, every, by_output in (shifts, ("suppresses", feature.suppressed, feature.suppressed_by_output)):
+        yield _line(title, [f"{shown(t)} {v:+.2f}" for t, v in every], width)
+        for out, tokens in enumerate(by_output):
+            if tokens:
+                yield _line(f"  output {out}", [shown(t) for t, _ in tokens], width)
     yield _line("like it", _related(feature.nearest), width)
     yield _line("elsewhere", _related(feature.elsewhere), width)
     yield _line("active with", _related(feature.partners), width)

@@ -17,7 +17,8 @@ from unit.models.tiny_gemma import gemma
 EXAMPLE = Example((" a", "b"), (0.0, 3.0), 1, 3.0, (False, False), 0, 0)
 FEATURE = Feature(
     id="x/1", labels=(), count=0, density=0.26442, peak=94.0, special_count=0, special_peak=0.0, steps=(), histogram=(),
-    promoted=(), suppressed=(), by_output=(), nearest=(), elsewhere=(), partners=(), top=(), groups=(),
+    promoted=(), suppressed=(), by_output=(), suppressed_by_output=(), nearest=(), elsewhere=(), partners=(),
+    top=(), groups=(),
 )  # fmt: skip
 ABOUT = {"model": "m", "tokens": 0, "special_tokens": 0, "steps": []}
 
@@ -111,3 +112,17 @@ def test_continuations_in_wide_letters_are_shown_whole(width):
     assert "".join(letter for letter in letters if letter in wide) == wide
     assert letters.split().count("three") == 12
     assert "…" not in letters
+
+
+def test_tokens_of_each_output_layer_stand_below_those_of_all():
+    low, high = (("x", -1.0),), (("y", 2.0),)
+    lines = page(
+        promoted=high,
+        suppressed=low,
+        by_output=((), high, (("z", 1.0),)),
+        suppressed_by_output=((), (("w", -3.0),), ()),
+    )
+    first = next(i for i, line in enumerate(lines) if line.startswith("promotes"))
+    shown = [line.split() for line in lines[first : first + 5]]
+    assert shown == [["promotes", "y", "+2.00"], ["output", "1", "y"], ["output", "2", "z"],
+                     ["suppresses", "x", "-1.00"], ["output", "1", "w"]]  # fmt: skip
