@@ -22,11 +22,7 @@ def writing(folder: Path, index: int, count: int) -> Generator[None]:
     The operating system lets go of it when the process ends, however it ends. Raises InputError, naming the
     process that writes there already, and StorageError when the folder cannot be written.
     """
-    place = folder / FOLDER
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(folder, error) from error
+    place = _place(folder)
     whole = count == 1
     with (
         _locked(folder, place / "store", alone=whole),
@@ -38,8 +34,17 @@ def writing(folder: Path, index: int, count: int) -> Generator[None]:
 @contextmanager
 def finishing(folder: Path) -> Generator[None]:
     """Wait until nobody is ``writing`` in a folder, and hold it alone."""
-    with _locked(folder, folder / FOLDER / "store", alone=True, wait=True):
+    with _locked(folder, _place(folder) / "store", alone=True, wait=True):
         yield
+
+
+def _place(folder: Path) -> Path:
+    place = folder / FOLDER
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    return place
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemscope.activations import locks
 from gemscope.artifacts.config import Loaded
 from gemscope.core.arrays import Int, Tensor
 from gemscope.core.files import read_tensors, write_json
@@ -61,7 +62,8 @@ def finish(
         "provenance": collect(seeds={"seed": config.seed}).as_dict(),
     }
     write_json(folder / "index.json", json.loads(json.dumps(about, default=str)))
-    shutil.rmtree(folder / "counted", ignore_errors=True)
+    for done in ("counted", locks.FOLDER):  # who waits for the lock finds index.json when it has it
+        shutil.rmtree(folder / done, ignore_errors=True)
 
 
 def write_contexts(folder: Path, count: int) -> tuple[Int[Tensor, " tokens"], layout.Array]:
