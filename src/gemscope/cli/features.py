@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 
 def name_of(loaded: "Loaded", folder: Path) -> str:
-    """The folder's name, or its site's where it is called so."""
+    """The folder's name, or its site where it has none."""
     return folder.resolve().name or str(loaded.config.site)
 
 
@@ -64,7 +64,10 @@ def loaded_in(suite: "Suite | None", given: list[Path] | None) -> "dict[str, Loa
     from gemscope.suites.indexing import dictionaries_of
 
     if given:
-        return {name_of(loaded, folder): loaded for folder in given for loaded in [formats.load(folder)]}
+        found = {name_of(loaded, folder): loaded for folder in given for loaded in [formats.load(folder)]}
+        if len(found) < len(given):
+            raise InputError("two of the dictionaries have the same name; give their folders different names.")
+        return found
     if suite is None:
         raise InputError("this needs the dictionaries themselves: give their folders with --dictionary.")
     return dictionaries_of(suite.folder, suite.sites, suite.others)

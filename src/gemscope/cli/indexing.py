@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemscope.cli.cluster import Ray, RayCommand, Workers
-from gemscope.cli.features import Json, Model, SuiteFolder, loaded_in, name_of, opened_index
+from gemscope.cli.features import Json, Model, SuiteFolder, loaded_in, opened_index
 from gemscope.core.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gemscope.features.index import FeatureIndex
 
 _INDEX = Path("index")
@@ -59,6 +61,9 @@ def index(
     from gemscope.cli.terminal import err
     from gemscope.cli.terminal import out as screen
 
+    sizes = {"top": top, "groups": groups, "per_group": per_group, "sample": sample, "window": window, "seed": seed}
+    asked = {**sizes, "slice": None if share == "0/1" else share, "ray": ray, "dictionary": dictionary, "suite": suite}
+    _consistent(store, bundle, into, {**asked, "examples": examples or None, "json": as_json or None})
     if into is not None:
         written = _export(out, suite, model, into, dictionary, examples)
         screen().print(f"{len(written)} files in {into}")
@@ -67,17 +72,33 @@ def index(
     if bundle is not None:
         made = _import(bundle, place, model, top)
     else:
-        sizes = {"top": top, "groups": groups, "per_group": per_group, "sample": sample}
-        chosen = {**sizes, "window": window, "seed": seed}
-        made = _build(store, dictionary or [], place, model, share, None if ray is None else (ray, workers), chosen)
+        made = _build(store, dictionary or [], place, model, share, None if ray is None else (ray, workers), sizes)
     if made is None:
         err().print("this slice is done; the index is written when all slices are.")
     elif as_json:
         print(json.dumps(dict(made.about), indent=2, ensure_ascii=False))
     else:
-        screen().print(
-            f"{len(made):,} latents of {len(made.names)} dictionaries over {made.about['tokens']:,} tokens: {place}"
-        )
+        over = f" over {made.about['tokens']:,} tokens" if made.about["tokens"] else ""
+        screen().print(f"{len(made):,} latents of {len(made.names)} dictionaries{over}: {place}")
+
+
+def _consistent(store: Path | None, bundle: Path | None, into: Path | None, asked: "Mapping[str, object]") -> None:
+    """Raises InputError for options that do not go together, or would do nothing."""
+    from gemscope.artifacts.examples import FILE
+
+    ways = [way for way, place in (("--store", store), ("--from", bundle), ("--to", into)) if place is not None]
+    if len(ways) > 1:
+        raise InputError(f"{' and '.join(ways)} do not go together; give one of them.")
+    way = ways[0] if ways else "--store"
+    has_examples = bundle is not None and (bundle / FILE).is_file()
+    used = {
+        "--store": asked.keys() - {"suite", "examples"},
+        "--from": {"json", "top"} if has_examples else {"json"},
+        "--to": {"suite", "examples"} if asked["examples"] else {"suite", "dictionary"},
+    }
+    idle = [name for name, value in asked.items() if value is not None and name not in used[way]]
+    if idle:
+        raise InputError(f"--{idle[0].replace('_', '-')} does nothing here beside {way}; leave it out.")
 
 
 def _export(
@@ -86,6 +107,7 @@ def _export(
     """Write an index in a layout of others: that in ``folder``, or the suite's."""
     from gemscope.features.neuronpedia import export_bundle
     from gemscope.features.scope_examples import export_examples
+    from gemscope.features.search import indexed
 
     if folder is not None and not (folder / "index.json").is_file():
         raise InputError(f"there is no index in {folder}; give the folder of one with --out, or none for the suite's.")
@@ -97,7 +119,7 @@ def _export(
     found = loaded_in(None, given) if given else None
     if found and (others := [name for name in found if name not in made.sizes]):
         raise InputError(f"the index has no dictionary {others[0]}; it has {', '.join(made.names)}.")
-    return export_bundle(made, into, found)
+    return export_bundle(made, into, indexed(made, found) if found else None)
 
 
 def _import(evidence: Path, out: Path, model: str | None, top: int | None) -> "FeatureIndex":
@@ -127,7 +149,6 @@ def _build(
 ) -> "FeatureIndex | None":
     from gemscope.activations.harvesting import Slice
     from gemscope.activations.store import Store
-    from gemscope.artifacts import formats
     from gemscope.cli.cluster import ray_config
     from gemscope.cli.terminal import StageBars
     from gemscope.features.blocks import StoreRows
@@ -140,9 +161,7 @@ def _build(
     if store is None or not folders:
         raise InputError("give a store with --store and at least one --dictionary; a suite has its index already.")
     opened = Store.open(store)
-    found = {name_of(loaded, folder): loaded for folder in folders for loaded in [formats.load(folder)]}
-    if len(found) < len(folders):
-        raise InputError("two of the dictionaries have the same name; give their folders different names.")
+    found = loaded_in(None, folders)
     config = IndexConfig(**{name: value for name, value in chosen.items() if value is not None})
     plan = opened.plan.config
     gemma = Gemma.load(model or str(plan["model"]), revision=None if model else plan.get("revision"))

@@ -125,10 +125,12 @@ def _go(o: SimpleNamespace) -> None:
     if o.show:
         out().print(recipe_table(entries(o)))
         return
+    shards = o.latent_shards or 1
     if o.plan and o.recipe is not None and o.rows is None and live is None:
         for group in passes_of(entries(o)):
-            out().print(plan_table([entry.config for entry in group], widths_of(group)), soft_wrap=True)
+            out().print(plan_table([entry.config for entry in group], widths_of(group), shards), soft_wrap=True)
         return
+    device = _device()  # before a model is loaded there
     rows = None if live is not None else _given_rows(o.rows)
     passes = jobs(o, rows)
     configs = [[job.entry.config for job in group] for group in passes]
@@ -139,10 +141,10 @@ def _go(o: SimpleNamespace) -> None:
         rows = live_rows(live or "", wanted, o.text or [], o.tokens, o.out)
     rows = for_end_to_end(rows, [config for group in configs for config in group])
     if not o.plan:
-        _run(o, rows, passes)
+        _run(o, rows, passes, device)
         return
     for group in configs:
-        out().print(plan_table(group, rows.widths), soft_wrap=True)
+        out().print(plan_table(group, rows.widths, shards), soft_wrap=True)
 
 
 def _given_rows(rows: str | None) -> "Rows":
@@ -180,27 +182,32 @@ def _loss(rows: "Rows", heldout: Any, configs: "Sequence[TrainConfig]", texts: l
     def measure(config: "TrainConfig", dictionary: Any) -> dict[str, Any]:
         subject = Subject(str(config.site), dictionary.to(gemma.device), config.reads, config.writes)
         found = splice_losses(gemma, [subject], means, items)[0][0].loss
+        dictionary.cpu()
         return {"delta_loss": found.delta_loss, "loss": found.as_dict()}
 
     return measure
 
 
-def _run(o: SimpleNamespace, rows: "Rows", passes: "Sequence[Sequence[Job]]") -> None:
-    """Pass after pass; of a recipe, those that are finished in the folder are left out."""
+def _device() -> "torch.device":
+    """This process's GPU, which is then where everything goes, or the CPU."""
     import torch
 
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _run(o: SimpleNamespace, rows: "Rows", passes: "Sequence[Sequence[Job]]", device: "torch.device") -> None:
+    """Pass after pass; of a recipe, those that are finished in the folder are left out."""
     from gemscope.cli.terminal import out
     from gemscope.cli.train_view import trained_table
     from gemscope.training.recipe import Finished
     from gemscope.training.sharding import start, stop
 
     sides = rows.data.split(o.held_out)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
     mesh = start(o.latent_shards, device.type)
-    finished = Finished(o.out)
+    finished = Finished(o.out, f"{sides[0].rows} of {rows.model} {rows.revision}, {o.held_out} held out")
     todo = [o.recipe is None or not all(job.entry in finished for job in group) for group in passes]
     for i, group in enumerate(passes):
         folder = o.out / f"pass_{i + 1}" if len(passes) > 1 else o.out
@@ -216,6 +223,7 @@ def _run(o: SimpleNamespace, rows: "Rows", passes: "Sequence[Sequence[Job]]") ->
             if o.recipe is not None:
                 finished.add([job.entry for job in group], [folder / "dictionaries" / one.name for one in done])
             out().print(trained_table(done, folder), soft_wrap=True)
+        mesh.wait()  # what a later pass begins from is written down
     stop()
 
 
@@ -259,5 +267,5 @@ def _pass(
             progress=live,
             device=device,
             mesh=mesh,
-            measure=_loss(rows, heldout, configs, o.loss_text or []),
+            measure=_loss(rows, heldout, configs, o.loss_text or []) if mesh.is_first else None,
         )

@@ -50,6 +50,8 @@ def jobs(o: SimpleNamespace, rows: Rows | None) -> list[list[Job]]:
         _used(o, {"rows"}, "beside --live, which runs a model instead", without=True)
     else:
         _used(o, {"text", "tokens"}, "without --live", without=True)
+    if not _many() and not o.plan:
+        _used(o, {"latent_shards"}, "in a single process; torchrun starts several", without=True)
     if o.recipe is not None:
         return _of_recipe(o, rows)
     _used(o, {"model", "only", "show"}, "without --recipe", without=True)
@@ -171,6 +173,8 @@ def _known(rows: Rows | None, o: SimpleNamespace) -> list[Site]:
     """The sites there are."""
     if rows is not None:
         return list(rows.data.sites)
+    if o.site and (o.kind not in MULTI_LAYER or o.layers not in (None, "all")):
+        return [Site.parse(site) for site in o.site]
     known = sites_of_model(o.live)
     return [*known, *(Site.parse(site) for site in o.site or () if Site.parse(site) not in known)]
 
@@ -196,7 +200,7 @@ def _fitting(loaded: Loaded, o: SimpleNamespace, rows: Rows | None) -> Loaded:
 def _gemma(model: str, revision: str | None) -> "Gemma":
     from gemscope.models.gemma import Gemma
 
-    return Gemma.load(model, revision=revision)
+    return Gemma.load(model, revision=revision, device="cpu")
 
 
 def _changes(o: SimpleNamespace, make: type[TrainConfig]) -> dict[str, Any]:

@@ -91,10 +91,12 @@ def trained_table(done: Sequence[Trained], folder: Path) -> RenderableType:
     return Group(table, Text(), *(Text(note, style="dim") for note in notes), *warned)
 
 
-def plan_table(configs: Sequence[TrainConfig], widths: Mapping[Site, int]) -> RenderableType:
-    """Memory, disk, work and time of a pass, whether it fits here, and what would make it fit."""
+def plan_table(configs: Sequence[TrainConfig], widths: Mapping[Site, int], shards: int = 1) -> RenderableType:
+    """Memory, disk, work and time of a pass, whether it fits here, and what would make it fit; of one of ``shards``
+    processes that share the latents.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = plan(configs, widths, device=device)
+    found = plan(configs, widths, shards, device=device)
     table = _table("dictionary", "weights", "moments", "start", "step", "export")
     for name, one in list(zip(names_of(configs), found.dictionaries, strict=True))[:_SHOWN]:
         table.add_row(name, *map(size_text, (one.weights, one.moments, one.start, one.step, one.export)))
@@ -123,7 +125,7 @@ def memory_warning(
 
 def _memory() -> tuple[str, int]:
     if torch.cuda.is_available():
-        return "the GPU", torch.cuda.mem_get_info()[1]
+        return "the GPU", torch.cuda.mem_get_info()[0]
     pages = Path("/proc/meminfo")
     if pages.is_file():
         lines = dict(line.split(":", 1) for line in pages.read_text().splitlines())

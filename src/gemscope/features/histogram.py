@@ -41,7 +41,9 @@ def columns(bars: Sequence[tuple[float, int]], most: int) -> list[int]:
     at = np.array([middle for middle, _ in bars], np.float64)
     place = bin_of(torch.from_numpy(at)).numpy().astype(np.int64)
     if not np.allclose(centres()[place], at, rtol=1e-6):
-        place = np.rint((at - at.min()) / np.diff(np.unique(at)).min(initial=np.inf)).astype(np.int64)
+        levels, which = np.unique(at, return_inverse=True)
+        gaps = np.diff(levels)  # of rounded middles, so their sum in units of the smallest is rounded gap by gap
+        place = np.append(0, np.rint(gaps / gaps.min(initial=np.inf)).cumsum()).astype(np.int64)[which]
     place -= place.min()
     merged = -(-(int(place.max()) + 1) // most)
     return np.bincount(place // merged, weights=[count for _, count in bars]).astype(np.int64).tolist()

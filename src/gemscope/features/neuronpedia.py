@@ -363,7 +363,7 @@ def _latent(
     for one in activations:
         example = _example(one, words, contexts)
         low, high = one.get("binMin"), one.get("binMax")
-        if low is None or high is None or low >= high:
+        if low is None or high is None or low < 0 or low >= high:  # -1 is what the strongest have
             top.append(example)
         else:
             groups.setdefault((float(low), float(high), float(one.get("binContains") or 0)), []).append(example)

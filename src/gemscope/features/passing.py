@@ -232,7 +232,7 @@ def _write_context(folder: Path, unit: int, wheres: Sequence[Where]) -> None:
     """The tokens of a unit, by document and position."""
     names = ("doc", "pos", "piece", "token", "special")
     columns = {name: torch.cat([getattr(one, name) for one in wheres]) for name in names}
-    order = ((columns["doc"].long() << 31) | columns["pos"].long()).argsort(stable=True)
+    order = torch.cat([one.place for one in wheres]).argsort(stable=True)
     types = {name: torch.uint8 if name == "special" else torch.int32 for name in names}
     kept = {name: column[order].to(types[name]) for name, column in columns.items()}
     write_tensors(folder / "counted" / "contexts" / f"{unit:06d}.safetensors", kept)

@@ -178,9 +178,9 @@ def interventions(
     for number, one in enumerate(steers):
         if any((one.dictionary, one.latent) == (other.dictionary, other.latent) for other in steers[:number]):
             raise InputError(f"{one.dictionary}/{one.latent} is given twice; say once what becomes of it.")
+        loaded = _loaded(dictionaries, one)
         if one.mode == "add" and one.strength == 0:
             continue
-        loaded = _loaded(dictionaries, one)
         delta = _Delta(loaded, one)
         if one.mode != "add":
             readers.append(Edit(delta.site, delta.read))

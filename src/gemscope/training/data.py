@@ -163,7 +163,9 @@ def first_rows(
         if have >= rows:
             break
     if not have:
-        raise InputError("no row is held out: no document fell on that side of the split; hold out a larger share.")
+        raise InputError(
+            "there is no row: no document fell on this side of the split; give more text, or hold out another share."
+        )
     return {site: torch.cat(part) for site, part in parts.items()}
 
 

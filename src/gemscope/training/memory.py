@@ -17,18 +17,15 @@ import torch
 from gemscope.core.sites import Site
 from gemscope.dictionaries import screening
 from gemscope.dictionaries.base import SLICE
+from gemscope.training.adam import _CHUNK as _ADAM  # pyright: ignore[reportPrivateUsage]
+from gemscope.training.calibration import _ENTRIES as _COUNTED  # pyright: ignore[reportPrivateUsage]
+from gemscope.training.calibration import _LATENTS  # pyright: ignore[reportPrivateUsage]
 from gemscope.training.config import MULTI_LAYER, TrainConfig
 from gemscope.training.multilayer import MultiLayerConfig
 from gemscope.training.single import _SCREEN_FROM  # pyright: ignore[reportPrivateUsage]
 
 CPU = torch.device("cpu")
 _INDEX, _FLOAT, _DOUBLE = 8, 4, 8
-_ADAM = 1 << 20
-"""Elements that ``adam`` updates at a time."""
-_LATENTS = 1024
-"""Latents whose pre-activations on all calibration rows are held at a time."""
-_COUNTED = 1 << 26
-"""Pre-activations whose entries are found at a time when thresholds are set."""
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,9 @@ class MultiLayerLearner:
         return found
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
-        return self.mesh.whole(tensor) if layer_start.counts_latents(name) else tensor
+        if self.mesh.latents == 1 or not layer_start.counts_latents(name):
+            return tensor
+        return self.mesh.whole(tensor.to(self.device)).to(tensor.device)  # what is offloaded meets on the device
 
     def _mine(self, name: str, tensor: Tensor) -> Tensor:
         return self.mesh.own(tensor) if layer_start.counts_latents(name) else tensor

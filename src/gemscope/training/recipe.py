@@ -46,13 +46,6 @@ class Entry:
         return (self.start,) if isinstance(self.start, str) else self.start or ()
 
     @property
-    def activation_bytes(self) -> float:
-        """Stored rows in bf16, once, of all sites of this entry."""
-        config = self.config
-        both = self.width * len(config.reads) + (self.width_out * len(config.writes) if config.target_site else 0)
-        return 2.0 * self.tokens * both
-
-    @property
     def flops(self) -> float:
         """Of the encoder products forward, and twice as much for the share that the sparse parts take."""
         return 2.0 * self.tokens * self.width * self.config.d_sae * len(self.config.reads)
@@ -128,9 +121,11 @@ def passes(entries: Sequence[Entry]) -> list[list[Entry]]:
 class Finished:
     """The entries of a recipe whose dictionaries are finished in a folder, by their names."""
 
-    def __init__(self, folder: Path) -> None:
-        """Of ``folder``, whose ``entries.json`` may be missing; raises FormatError when it is damaged."""
-        self.folder, self._file = folder, folder / "entries.json"
+    def __init__(self, folder: Path, rows: str = "") -> None:
+        """Of ``folder``, whose ``entries.json`` may be missing; raises FormatError when it is damaged. ``rows`` says
+        what is trained on: what is finished on other rows is not finished on these.
+        """
+        self.folder, self._file, self._rows = folder, folder / "entries.json", rows
         self._known: dict[str, Any] = read_json(self._file) if self._file.is_file() else {}
 
     def dictionary(self, name: str) -> Path | None:
@@ -141,17 +136,16 @@ class Finished:
     def __contains__(self, entry: Entry) -> bool:
         """Whether it is finished, as it is asked for."""
         folder = self.dictionary(entry.name)
-        return folder is not None and folder.is_dir() and self._known[entry.name]["asked"] == _asked(entry)
+        return folder is not None and folder.is_dir() and self._known[entry.name]["asked"] == self._asked(entry)
 
     def add(self, entries: Sequence[Entry], folders: Sequence[Path]) -> None:
         """Write down that ``entries`` are finished in ``folders``; raises StorageError."""
         for entry, folder in zip(entries, folders, strict=True):
             where = folder.relative_to(self.folder).as_posix()
-            self._known[entry.name] = {"dictionary": where, "asked": _asked(entry)}
+            self._known[entry.name] = {"dictionary": where, "asked": self._asked(entry)}
         write_json(self._file, self._known)
 
-
-def _asked(entry: Entry) -> Any:
-    """What is trained, as it comes back from JSON."""
-    config = {"class": type(entry.config).__name__, **entry.config.as_dict()}
-    return json.loads(json.dumps({"config": config, "start": entry.starts}))
+    def _asked(self, entry: Entry) -> Any:
+        """What is trained, and on what, as it comes back from JSON."""
+        config = {"class": type(entry.config).__name__, **entry.config.as_dict()}
+        return json.loads(json.dumps({"config": config, "start": entry.starts, "rows": self._rows}))

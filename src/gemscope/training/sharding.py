@@ -72,11 +72,7 @@ class Mesh:
 
     def whole(self, x: Tensor) -> Tensor:
         """The tensor of which every shard has its part."""
-        if self.latents == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.latents)]
-        dist.all_gather(parts, x.contiguous(), group=self.latent_group)
-        return torch.stack(parts, dim=1).flatten(0, 1)
+        return x if self.latents == 1 else torch.stack(self.gather(x), dim=1).flatten(0, 1)
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """The same-shaped tensor of every latent shard."""

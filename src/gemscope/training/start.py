@@ -94,7 +94,7 @@ def taken(
         scaled = initial.fold_scale(1 / scale_in)
         scaled = scaled if keeps_origin(config) else scaled.unfold_pre_bias()
     else:
-        scaled = initial.fold_scale(1 / scale_in, 1 / scale_out).unfold_pre_bias(centre)
+        scaled = initial.fold_scale(1 / scale_in, 1 / scale_out).to(centre.device).unfold_pre_bias(centre)
     size = norms.to(centre)
     weights = {
         "E": scaled.W_enc.T.to(centre) * size[:, None],

@@ -314,10 +314,15 @@ def _save(run: _Pass, keep: Keeping) -> None:
 def _write_checkpoint(run: _Pass, keep: Keeping) -> None:
     """Raises InputError when a weight or a moment is not finite; what was kept before then stays."""
     states = [learner.state_dict() for learner in run.learners]
-    for config, state in zip(run.configs, states, strict=True):
-        for name, tensor in checkpoint.tensors_of(state).items():
-            if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
-                raise _diverged(run, config, f"its {name} is not finite")
+    wrong = [
+        (config, name)
+        for config, state in zip(run.configs, states, strict=True)
+        for name, tensor in checkpoint.tensors_of(state).items()
+        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor)
+    ]
+    if run.mesh.highest(len(wrong)):  # the first process alone has the weights, and all of them have to stop
+        config, name = wrong[0] if wrong else (run.configs[0], "state")
+        raise _diverged(run, config, f"its {name} is not finite")
     if run.mesh.is_first:
         position, last = run.reader.position(), [list(r) for r in run.results]
         state = Checkpoint(run.step, _described(run), run.inputs, position, states, run.elapsed, last)

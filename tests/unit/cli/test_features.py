@@ -209,6 +209,32 @@ def test_a_bundle_has_the_directions_of_dictionaries_that_are_named(indexed, tmp
     assert "the index has no dictionary other; it has sae." in said
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--to {0}/b --store {0}/store", "--store and --to do not go together"),
+        ("--to {0}/b --top 5", "--top does nothing here beside --to"),
+        ("--to {0}/b --json", "--json does nothing here beside --to"),
+        ("--to {0}/b --examples -d {0}/sae", "--dictionary does nothing here beside --to"),
+        ("--from {0}/b --slice 1/9", "--slice does nothing here beside --from"),
+        ("--from {0}/b --top 5", "--top does nothing here beside --from"),
+        ("--store {0}/store -d {0}/sae --examples", "--examples does nothing here beside --store"),
+        ("--store {0}/store -d {0}/sae -d {0}/sae", "have the same name"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(indexed, tmp_path, words, said):
+    assert said in call("index", *words.format(indexed).split(), "--out", tmp_path / "none", code=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_directions_of_another_dictionary_of_that_name_are_refused(indexed, tmp_path):
+    other = random_dictionary("sae", d_in=24, d_sae=9, dtype=torch.float32)
+    native.save(tmp_path / "sae", other, DictionaryConfig.of(other, Site("resid_post", 0), model="tiny"))
+    said = call("index", "--out", indexed / "index", "--to", tmp_path / "no", "-d", tmp_path / "sae", code=2)
+    assert "sae has 9 latents, in the index 20" in said
+    assert not (tmp_path / "no").exists()
+
+
 def test_examples_of_gemma_scope_2_are_written_and_read(indexed, tiny_folder, tmp_path):
     call("index", "--out", indexed / "index", "--to", tmp_path / "out", "--examples")
     assert Examples.open(tmp_path / "out" / "sae").d_sae == 20

@@ -1,5 +1,6 @@
 """What the terminal shows of features: text as it is, nothing lost, nothing that is not known."""
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ ABOUT = {"model": "m", "tokens": 0, "special_tokens": 0, "steps": []}
 
 def drawn(what, width: int = 80) -> list[str]:
     """The lines of a terminal of that width, of a console that reads markup."""
-    console = Console(width=width, color_system=None, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=width, color_system=None, record=True, file=io.StringIO())
     console.print(what)
     return console.export_text().splitlines()
 
@@ -89,6 +90,8 @@ def test_a_histogram_has_a_uniform_axis_with_its_empty_bins():
     assert histogram.columns(few, 50) == [4, 2, 0, 0, 1]
     assert histogram.columns([(0.3, 1), (0.5, 2), (1.1, 3)], 50) == [1, 2, 0, 0, 3]
     assert histogram.columns([(0.3, 7)], 50) == [7]
+    rounded = [(round(1.2447 * (i + 0.5) / 50, 3), 1) for i in range(50)]
+    assert histogram.columns(rounded, 50) == [1] * 50
     many = [(float(middles[i]), i) for i in range(90, 200) if i != 95]
     assert histogram.columns(many, 50) == [
         sum(n for n in range(first, min(first + 3, 200)) if n != 95) for first in range(90, 200, 3)

@@ -45,6 +45,7 @@ def only(out: Path) -> Any:
         ("--target mlp_out", "--target does nothing for --kind sae"),
         ("--kind crosscoder --skip", "--skip does nothing for --kind crosscoder"),
         ("--kind crosscoder --site resid_post.0 --site mlp_in.0", "one --site in several --layers"),
+        ("--latent-shards 2", "--latent-shards does nothing in a single process"),
         ("--kind crosscoder --site embed --plan", "embed is not here in any layer"),
         ("--activation topk --sparsity linear", "--sparsity does nothing for topk"),
         ("--activation relu", "use 'tanh' or 'l1'"),

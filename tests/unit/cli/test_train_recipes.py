@@ -192,3 +192,13 @@ def test_what_will_not_fit_is_said_before_it_begins(
     assert "will take" not in train(*words, tmp_path / "one").stderr
     monkeypatch.setattr(train_view, "_memory", lambda: ("here", 1000))
     assert "will take" in train(*words, tmp_path / "two").stderr.splitlines()[0]
+
+
+def test_what_is_finished_on_other_rows_is_not_finished_on_these(train: Train, rows: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, "return [sae(0)]")
+    words = ("--recipe", path, "--model", "m", "--out", tmp_path / "out", "--held-out")
+    assert train(*words, "0.2").exit_code == 0
+    assert "finished before" in train(*words, "0.2").stdout
+    other = train(*words, "0.3")
+    assert other.exit_code == 2
+    assert "rows" in other.stderr

@@ -194,7 +194,7 @@ def theirs() -> dict[str, list[dict]]:
     feature |= {"freq_hist_data_bar_heights": [7, 0, 1], "freq_hist_data_bar_values": [0.5, 1.5, 2.5]}
     feature |= {"pos_str": [" cats", "猫"], "pos_values": [1.5, 1.25], "neg_str": ["é"], "neg_values": [-0.5]}
     act = {"id": "a", **key, "tokens": tokens, "values": values, "maxValue": 3.25, "maxValueTokenIndex": 2}
-    acts = [{**act, "binMin": -1, "binMax": -1, "binContains": -1}]
+    acts = [{**act, "binMin": -1, "binMax": 3.25, "binContains": -1}]
     acts += [{**act, "binMin": 0, "binMax": 0.65, "binContains": 0.99, "qualifyingTokenIndex": 4}]
     said = {"id": "e", **key, "description": "cats", "typeName": "oai_token-act-pair", "explanationModelName": "gpt"}
     return {"features": [feature], "activations": acts, "explanations": [said]}

@@ -273,7 +273,7 @@ def test_slices_that_end_together_write_the_files_once(harvested, tmp_path, monk
     store, loaded = harvested
     rows, model = StoreRows(store), small.model()
     index(tmp_path / "one", rows, loaded, CONFIG, gemma=model)
-    folder, calls, begun = tmp_path / "two", [], threading.Event()
+    folder, calls, begun, go = tmp_path / "two", [], threading.Event(), threading.Event()
     for number in range(2):
         passing.count_units(folder, rows, loaded, CONFIG, share=Slice(number, 2))
     real = whole_index.finish
@@ -281,7 +281,7 @@ def test_slices_that_end_together_write_the_files_once(harvested, tmp_path, monk
     def slow(*arguments):
         calls.append(arguments)
         begun.set()
-        time.sleep(0.3)
+        assert go.wait(10)
         real(*arguments)
 
     both = threading.Barrier(2, timeout=10)
@@ -292,6 +292,7 @@ def test_slices_that_end_together_write_the_files_once(harvested, tmp_path, monk
         assert begun.wait(10)
         with pytest.raises(InputError, match="is writing into"):  # a slice that is run again meanwhile
             passing.count_units(folder, rows, loaded, CONFIG, share=Slice(1, 2))
+        go.set()
         assert all(one.result() is not None for one in ended)
     assert len(calls) == 1
     assert content(folder) == content(tmp_path / "one")

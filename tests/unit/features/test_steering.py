@@ -235,6 +235,7 @@ def test_mistakes_are_named(model):
     for bad, message in (
         (Steer("d", 99), "latents 0 to 9"),
         (Steer("e", 1), "no dictionary 'e'"),
+        (Steer("e", 1, "add", 0.0), "no dictionary 'e'"),
     ):
         with pytest.raises(InputError, match=message):
             steer(model, found, TEXT, [bad])

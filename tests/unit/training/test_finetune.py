@@ -11,12 +11,14 @@ from gemscope.artifacts import native
 from gemscope.artifacts.config import DictionaryConfig
 from gemscope.core.errors import InputError
 from gemscope.dictionaries.base import Dictionary
-from gemscope.training.config import TrainConfig
+from gemscope.training.config import DictionaryKind, TrainConfig
 from gemscope.training.finetune import finetune_config
 from gemscope.training.heldout import measured
 from gemscope.training.layer_export import calibrated
 from gemscope.training.multilayer import MultiLayerConfig
+from gemscope.training.start import taken
 from gemscope.training.trainer import train
+from unit.dictionaries.zoo import random_dictionary
 from unit.training.worlds import SITE, MemorySource, superposition
 
 CONFIG = TrainConfig(SITE, d_sae=96, target_l0=4.0, steps=400, batch_size=256, calibration_rows=2048)
@@ -80,3 +82,12 @@ def test_frozen_decoders_stay_in_a_finetuned_crosscoder() -> None:
     for old, new in zip(first.W_dec, tuned.W_dec, strict=True):
         torch.testing.assert_close(old, new, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(first.W_enc[0], tuned.W_enc[0])
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "skip_transcoder"])
+def test_a_dictionary_in_the_hosts_memory_is_taken_to_where_the_rows_are(kind: DictionaryKind) -> None:
+    start = random_dictionary(kind, d_in=6, d_sae=8, dtype=torch.float32)
+    target = None if kind == "sae" else SITE
+    config = TrainConfig(SITE, d_sae=8, target_l0=2.0, kind=kind, target_site=target, activation=start.activation.kind)
+    found = taken(config, start, 1.0, 1.0, torch.zeros(6, device="meta"), torch.ones(8))
+    assert {tensor.device.type for tensor in found.values()} == {"meta"}

@@ -243,7 +243,7 @@ def test_a_batch_is_the_same_for_every_process() -> None:
 
 def test_no_row_held_out_is_said(tmp_path: Path) -> None:
     nothing = MemorySource({SITE: source().data[SITE][:0]})
-    with pytest.raises(InputError, match="no row is held out"):
+    with pytest.raises(InputError, match="no document fell on this side of the split"):
         run(source(), nothing, [QUICK], RunOptions(tmp_path, "m"))
     assert not list(tmp_path.iterdir())
 
