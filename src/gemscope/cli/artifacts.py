@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemscope.core.quantities import size_text
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -87,8 +89,6 @@ def inspection(found: "Inspection") -> "RenderableType":
 
 def _lines(found: "Inspection") -> list[tuple[str, str]]:
     """What is shown, line by line."""
-    from gemscope.cli.catalogue_view import size_text
-
     k = "" if found.k is None else f", k {found.k:g}"
     gain = "" if found.read_gain else " (without the norm's gain)"
     reads, writes = _sites(found.reads) + gain, _sites(found.writes)

@@ -15,6 +15,7 @@ from gemscope.artifacts.catalogue.artifact import Artifact
 from gemscope.artifacts.hub.fetch import Plan, Step
 from gemscope.artifacts.hub.fetch import Progress as FetchProgress
 from gemscope.artifacts.hub.record import FileRecord
+from gemscope.core.quantities import size_text
 
 LONG = 60
 """Lists above this many lines are summed up."""
@@ -25,16 +26,6 @@ _LEGEND = (
     ("~", "announced in the paper; its name follows from the rule, nobody lists it"),
     ("?", "not in SAELens' registry; it may be missing on the hub"),
 )
-
-
-def size_text(count: int) -> str:
-    """``604 MB``: three digits, powers of 1000."""
-    value, unit = float(count), "B"
-    for bigger in ("kB", "MB", "GB", "TB", "PB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, bigger
-    return f"{count} B" if unit == "B" else f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
 
 
 def listing(chosen: Sequence[Artifact], *, every: bool = False) -> str:

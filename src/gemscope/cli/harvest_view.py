@@ -12,8 +12,8 @@ from gemscope.activations.harvesting import Estimate, HarvestProgress, estimate,
 from gemscope.activations.plan import HarvestConfig, make_plan
 from gemscope.activations.sources import Source
 from gemscope.activations.upkeep import StoreInfo, info
-from gemscope.cli.catalogue_view import size_text
 from gemscope.cli.terminal import Moving, err, out
+from gemscope.core.quantities import size_text
 from gemscope.models.gemma import Gemma
 
 _EVERY = 60.0

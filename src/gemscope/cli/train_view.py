@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gemscope.cli.terminal import err
+from gemscope.core.quantities import size_text, time_text, work_text
 from gemscope.core.sites import Site
 from gemscope.training.config import TrainConfig
 from gemscope.training.memory import memory_of
 from gemscope.training.outcome import Progress, Trained
-from gemscope.training.planner import fits, plan, product_speed, proposals, size_text, time_text, warning, work_text
+from gemscope.training.planner import fits, plan, product_speed, proposals, warning
 from gemscope.training.recipe import Entry, passes
 from gemscope.training.sharding import Mesh
 from gemscope.training.trainer import names_of

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from gemscope.core.errors import InputError
+from gemscope.core.quantities import size_text
 from gemscope.core.sites import Site
 from gemscope.dictionaries.products import Affine
 from gemscope.dictionaries.screening import bf16_is_fast
@@ -211,28 +212,3 @@ def _fitting(
             return None
         shards *= 2
     return None
-
-
-def size_text(count: float | int) -> str:
-    """Bytes as people read them."""
-    return _with_unit(count, ("B", "kB", "MB", "GB", "TB"))
-
-
-def work_text(flops: float | int) -> str:
-    """FLOP as people read them."""
-    return _with_unit(flops, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"))
-
-
-def time_text(seconds: float | int) -> str:
-    """Time as people read it."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
-
-
-def _with_unit(count: float | int, units: Sequence[str]) -> str:
-    at = 0
-    while count >= 1000 and at < len(units) - 1:
-        count, at = count / 1000, at + 1
-    return f"{count:.3g} {units[at]}"

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from gemscope.artifacts.catalogue.released import catalogue
 from gemscope.artifacts.hub import retry
-from gemscope.cli.catalogue_view import size_text
 from gemscope.cli.main import app
 from unit.artifacts import fake_hub
 from unit.artifacts.fake_hub import Fault, single_layer
@@ -211,11 +210,3 @@ def test_the_program_uses_the_hub_of_the_environment(hub, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert "accept its licence" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (604_307_968, "604 MB"), (999_600, "1.00 MB"), (15e12, "15.0 TB")],
-)
-def test_sizes_have_three_digits(count, text):
-    assert size_text(int(count)) == text

@@ -17,13 +17,14 @@ from rich.console import Console
 
 from gemscope.cli import train_view
 from gemscope.core.errors import InputError
+from gemscope.core.quantities import work_text
 from gemscope.core.sites import Site
 from gemscope.training import planner
 from gemscope.training.config import TrainConfig
 from gemscope.training.heldout import HeldOut
 from gemscope.training.memory import memory_of
 from gemscope.training.multilayer import MultiLayerConfig
-from gemscope.training.planner import HELD_OUT, fits, plan, product_speed, proposals, warning, widths_of, work_text
+from gemscope.training.planner import HELD_OUT, fits, plan, product_speed, proposals, warning, widths_of
 from gemscope.training.recipe import Entry
 from gemscope.training.single import SingleLayerLearner
 
@@ -177,7 +178,7 @@ def test_a_run_that_will_not_fit_is_warned_of() -> None:
     assert warning(found, found.total) is None
     text = warning(found, 10**9)
     assert text is not None
-    assert "1 GB are free" in text
+    assert "1.00 GB are free" in text
     assert found.fullest in text
 
 
@@ -206,9 +207,9 @@ def test_the_table_speaks_of_operations_time_and_the_fullest_moment(monkeypatch:
     console.print(train_view.plan_table([clt()], widths(clt())))
     text = console.export_text()
     assert "work         96.6 TFLOP in the encoders' products" in text
-    assert "time         more than 13.4 h, which these products take at 2 GFLOP/s" in text
+    assert "time         more than 13.4 h, which these products take at 2.00 GFLOP/s" in text
     assert "4.22 GB at most, while exporting" in text
-    assert "2 GB on this machine: it does not fit" in text
+    assert "2.00 GB on this machine: it does not fit" in text
     assert "offloaded" not in text
 
 
