@@ -151,12 +151,12 @@ def _build(
     from gemscope.activations.store import Store
     from gemscope.cli.cluster import ray_config
     from gemscope.cli.terminal import StageBars
+    from gemscope.core.progress import StageProgress
     from gemscope.features.blocks import StoreRows
     from gemscope.features.cluster import index_on_ray
     from gemscope.features.config import IndexConfig
     from gemscope.features.index import index as build
     from gemscope.models.gemma import Gemma
-    from gemscope.suites.quickstart import StageProgress
 
     if store is None or not folders:
         raise InputError("give a store with --store and at least one --dictionary; a suite has its index already.")

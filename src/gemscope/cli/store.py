@@ -122,9 +122,9 @@ def replies(
     from gemscope.cli.inputs import DEFAULT_MODEL
     from gemscope.cli.terminal import StageBars
     from gemscope.cli.terminal import out as console
+    from gemscope.core.progress import StageProgress
     from gemscope.models.gemma import Gemma
     from gemscope.suites.corpus import GeneratedText
-    from gemscope.suites.quickstart import StageProgress
 
     gemma = Gemma.load(model or DEFAULT_MODEL, dtype=model_dtype)
     config = ReplyConfig(documents, new_tokens, batch, temperature, seed)
@@ -244,7 +244,7 @@ def verify(folder: Folder) -> None:
     """Read every byte and compare it with the checksums; exit code 2 when something is wrong."""
     from gemscope.activations.upkeep import verify as check
     from gemscope.cli.terminal import StageBars, out
-    from gemscope.suites.quickstart import StageProgress
+    from gemscope.core.progress import StageProgress
 
     with StageBars() as bars:
         problems = check(folder, lambda done, total: bars(StageProgress("verify", done, total, "bytes")))

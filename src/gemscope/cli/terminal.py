@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from gemscope.suites.quickstart import StageProgress
+from gemscope.core.progress import StageProgress
 
 _WIDTH = 10
 _Shown = TypeVar("_Shown", bound="Moving")

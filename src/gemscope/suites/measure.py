@@ -7,6 +7,7 @@ from pathlib import Path
 from gemscope.artifacts import formats
 from gemscope.artifacts.config import Loaded
 from gemscope.core.errors import InputError
+from gemscope.core.progress import Report, StageProgress
 from gemscope.evaluation.evaluate import evaluate
 from gemscope.evaluation.labelled import from_jsonl
 from gemscope.evaluation.result import Evaluation
@@ -16,7 +17,7 @@ from gemscope.evaluation.verify import verify
 from gemscope.models.gemma import Gemma
 from gemscope.suites.config import QuickstartConfig
 from gemscope.suites.corpus import heldout_text
-from gemscope.suites.quickstart import Report, StageProgress, evaluate_config
+from gemscope.suites.quickstart import evaluate_config
 
 _CHECKED = 40
 """Documents on which it is checked that a dictionary belongs to its site."""

@@ -24,6 +24,7 @@ from gemscope.artifacts import native
 from gemscope.artifacts.config import DictionaryConfig
 from gemscope.core.errors import FormatError, InputError, StorageError
 from gemscope.core.files import storage_error
+from gemscope.core.progress import Report, StageProgress
 from gemscope.core.provenance import collect
 from gemscope.core.sites import Site
 from gemscope.evaluation.evaluate import EvaluateConfig, evaluate
@@ -39,23 +40,6 @@ from gemscope.suites.corpus import fingerprint, heldout_text, training_text
 from gemscope.suites.suite import Suite, activations_folder, dictionary_folder, evaluation_path
 from gemscope.training.outcome import Progress as TrainProgress
 from gemscope.training.trainer import train
-
-
-@dataclass(frozen=True)
-class StageProgress:
-    """Where a stage stands."""
-
-    stage: str
-    """``text``, ``harvest``, ``train``, ``evaluate`` or ``index``, or one of those with `` more``."""
-    done: int
-    total: int
-    unit: str
-    """What is counted, ``tokens`` or ``steps``."""
-    reused: bool = False
-    """The stage's output was there already."""
-
-
-Report = Callable[[StageProgress], None]
 
 
 @dataclass(frozen=True)
