@@ -14,27 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gemscope.activations.divergence import FINAL, Given, divergence, rows_at
 from gemscope.activations.order import LIVE_ROWS, Position
 from gemscope.activations.pieces import Pieces, batches, encode
 from gemscope.activations.streaming import LiveActivations, LiveReader
-from gemscope.core.arrays import Float, Int, Tensor
+from gemscope.core.arrays import Float, Tensor
 from gemscope.core.errors import InputError
 from gemscope.core.sites import Site
-from gemscope.models.tokens import Batch
-
-FINAL = Site("final_in")
-"""What the model predicts from."""
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """One rectangle of contexts that the model was run on, and where in it the rows of a batch are."""
-
-    batch: Batch
-    flat: Int[Tensor, "rows"]
-    """Places of the rows in the flattened rectangle, in the order of the batch."""
-    final: Float[Tensor, "rows d_model"]
-    """``final_in`` at the rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +123,12 @@ class ContextStream(Iterator[dict[Site, Float[Tensor, "batch _"]]]):
         self.given, self.position = tuple(given), position
         return {site: torch.cat(parts) for site, parts in found.items()}
 
+    def divergence(self, site: Site, recon: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
+        """Mean over the last batch's rows of KL(model ‖ model with raw ``recon`` in the place of ``site``), in nats; it
+        can be differentiated once.
+        """
+        return divergence(self.gemma, self.given, site, recon)
+
     def _steps_from(self, place: Position, last: int | None) -> Generator[tuple[Pieces, Position]]:
         """The contexts of each batch, and the place after them; stops before epoch ``last``."""
         while last is None or place.epoch < last:
@@ -168,11 +160,6 @@ class ContextStream(Iterator[dict[Site, Float[Tensor, "batch _"]]]):
         order = np.random.default_rng([self._seed, epoch, pool, LIVE_ROWS]).permutation(len(pieces))
         columns = [column.split(np.diff(pieces.bounds).tolist()) for column in (pieces.ids, pieces.content, pieces.pos)]
         return [tuple(column[i] for column in columns) for i in order]
-
-
-def rows_at(x: Float[Tensor, "batch pos width"], flat: Int[Tensor, "rows"]) -> Float[Tensor, "rows width"]:
-    """The values at some places of the flattened rectangle."""
-    return x.flatten(0, 1).index_select(0, flat.to(x.device))
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]]) -> Pieces:

@@ -58,6 +58,17 @@ class PlacedStream(Protocol):
 
 
 @runtime_checkable
+class SplicedStream(PlacedStream, Protocol):
+    """Batches that a running model gives, which can be run on the last one again."""
+
+    def divergence(self, site: Site, recon: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
+        """Mean over the last batch's rows of KL(model ‖ model with raw ``recon`` in the place of ``site``), in nats; it
+        can be differentiated once.
+        """
+        ...
+
+
+@runtime_checkable
 class SeekableSource(ActivationSource, Protocol):
     """A source that can begin anywhere without reading what lies before, such as a store on a disk."""
 

@@ -94,7 +94,7 @@ def end_to_end(error: Float[Tensor, ""], divergence: Float[Tensor, ""], beta: fl
 
 Splice = Callable[[Float[Tensor, "batch d"]], Float[Tensor, ""]]
 """The mean KL divergence of the model's predictions when raw reconstructions take the place of what was read from a
-batch; ``training.end_to_end`` makes it where the model is run for every batch."""
+batch; ``training.end_to_end`` makes it where the rows come from a running model."""
 
 
 def sampled_prefixes(d_sae: int, count: int, seed: int, done: int) -> tuple[int, ...]:

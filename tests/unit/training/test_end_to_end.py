@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gemscope.activations import divergence
 from gemscope.activations.contexts import ContextStream, LiveContexts
 from gemscope.activations.plan import HarvestConfig
 from gemscope.activations.sources import Documents
@@ -20,9 +21,9 @@ from gemscope.models.chat import Turn
 from gemscope.models.gemma import Gemma
 from gemscope.models.interventions import Edit
 from gemscope.models.tokens import Batch, Tokens
-from gemscope.training import end_to_end
 from gemscope.training.config import TrainConfig
 from gemscope.training.data import BatchReader
+from gemscope.training.end_to_end import splice_of
 from gemscope.training.outcome import Keeping, Progress
 from gemscope.training.outer import OuterGradient
 from gemscope.training.single import SingleLayerLearner
@@ -99,7 +100,7 @@ def test_the_divergence_is_that_of_an_explicit_spliced_model(gemma: Gemma, site:
         rows = next(stream)[site]
         assert any(one.batch.places is not None for one in stream.given) == (row_tokens is not None)
         recon = (0.8 * rows + 0.1).requires_grad_()
-        value = end_to_end.divergence(gemma, stream.given, site, recon)
+        value = stream.divergence(site, recon)
         expected = explicit(gemma, stream, site, recon, rows)
         assert value.item() == pytest.approx(expected.item(), rel=1e-9)
         assert value.item() > 1e-4
@@ -112,12 +113,12 @@ def test_few_logits_are_in_memory_at_a_time(gemma: Gemma, monkeypatch: pytest.Mo
     """Cut into parts, the divergence and its gradient are the same, and no part is larger than asked for."""
     stream = contexts(gemma).stream([SAE], 30, 1)
     recon = (0.8 * next(stream)[SAE]).requires_grad_()
-    whole = end_to_end.divergence(gemma, stream.given, SAE, recon)
+    whole = stream.divergence(SAE, recon)
     sizes: list[int] = []
     unembed = Gemma.unembed
-    monkeypatch.setattr(end_to_end, "_AT_ONCE", 7 * gemma.shape.vocab_size)
+    monkeypatch.setattr(divergence, "_AT_ONCE", 7 * gemma.shape.vocab_size)
     monkeypatch.setattr(Gemma, "unembed", lambda self, x: sizes.append(len(x)) or unembed(self, x))
-    cut = end_to_end.divergence(gemma, stream.given, SAE, recon)
+    cut = stream.divergence(SAE, recon)
     assert max(sizes) == 7
     assert sum(sizes) == 2 * len(recon)
     assert cut.item() == pytest.approx(whole.item(), rel=1e-12)
@@ -132,7 +133,7 @@ def test_the_gradient_of_the_whole_objective_is_that_of_autograd_through_the_mod
     reader = BatchReader(contexts(gemma), config.sites, 30, 0)
     stream = reader.stream
     assert isinstance(stream, ContextStream)
-    learner = SingleLayerLearner(config, next(reader), splice=end_to_end.splice_of(reader, config))
+    learner = SingleLayerLearner(config, next(reader), splice=splice_of(reader, config))
     rows = next(reader)
     x, y = rows[config.reads[0]] / learner.moments_in.scale, rows[config.writes[0]] / learner.moments_out.scale
     tables = {name: OuterGradient(tuple(learner.weights[name].shape)) for name in ("E", "W_dec")}
