@@ -13,7 +13,7 @@ class StageProgress:
     done: int
     total: int
     unit: str
-    """What is counted, ``tokens`` or ``steps``."""
+    """What is counted: ``tokens``, ``steps``, ``documents`` ..."""
     reused: bool = False
     """The stage's output was there already."""
 
