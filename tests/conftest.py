@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("fixed", derandomize=True, database=None)
+settings.load_profile("fixed")  # the same examples in every run; others: --hypothesis-profile=default
 
 SMALL = ("--tokens", "3000", "--heldout", "1000", "--latents", "64", "--l0", "6", "--steps", "4")
 """Options of a quickstart that takes seconds."""

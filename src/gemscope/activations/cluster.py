@@ -29,7 +29,7 @@ from gemscope.activations.harvesting import (
 )
 from gemscope.activations.plan import HarvestConfig, Plan
 from gemscope.activations.sources import Source
-from gemscope.core.errors import GemscopeError, InputError
+from gemscope.core.errors import GemscopeError, InputError, reason
 from gemscope.core.extras import need
 from gemscope.models.gemma import Gemma
 
@@ -160,8 +160,9 @@ def _connect(ray: Any, config: RayConfig) -> None:
     try:
         ray.init(address=config.address, log_to_driver=False, **({} if config.address else local))
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot reach Ray at {config.address or 'this machine'} ({first}); check --ray.") from error
+        raise InputError(
+            f"cannot reach Ray at {config.address or 'this machine'} ({reason(error)}); check --ray."
+        ) from error
 
 
 def _result(ray: Any, ready: Any) -> None:
@@ -173,7 +174,7 @@ def _result(ray: Any, ready: Any) -> None:
         raise cause if isinstance(cause, GemscopeError) else error from None
     except ray.exceptions.RayActorError as error:
         raise InputError(
-            f"a Ray worker could not be started or died too often ({error}); look at Ray's logs."
+            f"a Ray worker could not be started or died too often ({reason(error)}); look at Ray's logs."
         ) from error
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from gemscope.activations.shards import FileRecord
-from gemscope.core.errors import FormatError
+from gemscope.core.errors import FormatError, reason
 from gemscope.core.extras import need
 from gemscope.core.files import atomic_path
 
@@ -163,7 +163,9 @@ def _tried(fetch: Any, what: str) -> Any:
             raise FormatError(f"{what}: the file is missing; check the URL, or upload it again.") from error
         except Exception as error:  # each protocol has its own kinds
             if attempt == _TRIES - 1:
-                raise FormatError(f"{what} cannot be fetched ({error}); check the connection and try again.") from error
+                raise FormatError(
+                    f"{what} cannot be fetched ({reason(error)}); check the connection and try again."
+                ) from error
             _log.info("%s: %s; trying again", what, error)
             time.sleep(_WAIT * 2**attempt)
     raise AssertionError

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from gemscope.core.errors import InputError
+from gemscope.core.errors import InputError, reason
 from gemscope.core.extras import need
 from gemscope.models.chat import Turn
 
@@ -155,7 +155,7 @@ class ParquetFiles:
             try:
                 opened.append(parquet.ParquetFile(path))
             except (arrow.ArrowException, OSError) as error:
-                raise InputError(f"{path} is no readable Parquet file ({error}); check it.") from error
+                raise InputError(f"{path} is no readable Parquet file ({reason(error)}); check it.") from error
         return opened
 
     def count(self) -> int:

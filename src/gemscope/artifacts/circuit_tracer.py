@@ -20,7 +20,7 @@ from gemscope.artifacts.hooks import read_tl_hook
 from gemscope.artifacts.making import lost_fields, make, single
 from gemscope.artifacts.reading import Axes, check_shapes, clamp_threshold, mapping, shown, take, text, whole
 from gemscope.core.arrays import Tensor
-from gemscope.core.errors import FormatError, InputError
+from gemscope.core.errors import FormatError, InputError, reason
 from gemscope.core.files import atomic_folder, write_tensors, write_text
 from gemscope.core.sites import Site
 from gemscope.dictionaries.activation import JUMPRELU, Activation
@@ -116,8 +116,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise FormatError(f"cannot read {path} ({error.strerror}); check the path.") from error
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise FormatError(f"{path} is not valid YAML ({reason}); write or fetch it again.") from error
+        raise FormatError(f"{path} is not valid YAML ({reason(error)}); write or fetch it again.") from error
     config = mapping(found, path)
     if config.get("model_kind") not in (SET, CLT):
         raise FormatError(

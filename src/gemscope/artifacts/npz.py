@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemscope.artifacts.reading import shown
 from gemscope.core.arrays import Tensor
-from gemscope.core.errors import FormatError
+from gemscope.core.errors import FormatError, reason
 from gemscope.core.files import atomic_path
 
 _BROKEN = (zipfile.BadZipFile, OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, OverflowError)
@@ -33,7 +34,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             return {info.filename.removesuffix(".npy"): _array(archive, info, path) for info in archive.infolist()}
     except (*_BROKEN, struct.error, zlib.error, SyntaxError) as error:
-        raise FormatError(f"{path} is truncated or damaged ({error}); fetch it again.") from error
+        raise FormatError(f"{path} is truncated or damaged ({reason(error)}); fetch it again.") from error
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Tensor:
@@ -44,7 +45,7 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Tenso
         if info.file_size - start != size:
             found = info.file_size - start
             raise FormatError(
-                f"{info.filename} in {path} has {found} bytes, but its header asks for {size}; fetch it again."
+                f"{shown(info.filename)} in {path} has {found} bytes, but its header asks for {size}; fetch it again."
             )
         data = np.empty(shape, dtype)
         into, done = data.reshape(-1).view(np.uint8), 0
@@ -59,13 +60,13 @@ def _header(file: Any, name: str, path: Path) -> tuple[tuple[int, ...], "np.dtyp
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise FormatError(
-            f"{name} in {path} is of npy version {version}, which no Gemma Scope file is; fetch it again."
+            f"{shown(name)} in {path} is of npy version {version}, which no Gemma Scope file is; fetch it again."
         )
     shape, fortran, dtype = readers[version](file, max_header_size=_HEADER)
     if dtype.str not in _FLOATS or fortran:
         kind = f"{dtype.str}, column by column" if fortran else dtype.str
         raise FormatError(
-            f"{name} in {path} is {kind}, but weights are <f4; nothing else is read, pickles least of all."
+            f"{shown(name)} in {path} is {kind}, but weights are <f4; nothing else is read, pickles least of all."
         )
     return shape, dtype
 

@@ -95,3 +95,8 @@ class PairingError(GemscopeError):
 
 class SelfTestError(GemscopeError):
     """A numerical identity that every reading relies on does not hold for the loaded model."""
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, for the middle of a sentence: its words, at most 200 characters of one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

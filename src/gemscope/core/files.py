@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemscope.core.errors import FormatError, StorageError
+from gemscope.core.errors import FormatError, StorageError, reason
 
 _SPACE = {errno.ENOSPC, errno.EDQUOT}
 
@@ -161,7 +161,7 @@ def read_json(path: Path | str) -> Any:
     except OSError as error:
         raise FormatError(f"cannot read {path} ({error.strerror}); check the path.") from error
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not valid JSON ({error}); write or fetch it again.") from error
+        raise FormatError(f"{path} is not valid JSON ({reason(error)}); write or fetch it again.") from error
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -181,7 +181,7 @@ def read_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is truncated or damaged ({error}); write or fetch it again.") from error
+        raise FormatError(f"{path} is truncated or damaged ({reason(error)}); write or fetch it again.") from error
 
 
 def sha256_file(path: Path | str) -> str:

@@ -108,9 +108,9 @@ class TensorFile:
             shape, (start, stop) = [_count(n) for n in value["shape"]], map(_count, value["data_offsets"])
             entry = TensorEntry(_DTYPES[value["dtype"]], tuple(shape), origin + start)
         except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged(f"the header's entry for {name!r} cannot be understood") from error
+            raise self._damaged(f"the header's entry for {name[:80]!r} cannot be understood") from error
         if entry.nbytes != stop - start:
-            raise self._damaged(f"{name!r} of shape {entry.shape} does not fill its {stop - start} bytes")
+            raise self._damaged(f"{name[:80]!r} of shape {entry.shape} does not fill its {stop - start} bytes")
         return entry
 
     def read(self, name: str, *, finite: bool = False) -> Tensor:

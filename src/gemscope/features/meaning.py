@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from gemscope.core.arrays import Float, Tensor
-from gemscope.core.errors import InputError, ModelNotFoundError
+from gemscope.core.errors import InputError, ModelNotFoundError, reason
 from gemscope.core.files import read_tensors, write_tensors
 from gemscope.core.tensor_files import TensorFile
 from gemscope.features.index import FeatureIndex
@@ -42,9 +42,8 @@ class TextModel:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
             self._model: Any = AutoModel.from_pretrained(name).to(device or "cpu").eval()
         except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
             raise ModelNotFoundError(
-                f"{name!r} cannot be loaded as an embedding model ({first}); give a folder."
+                f"{name!r} cannot be loaded as an embedding model ({reason(error)}); give a folder."
             ) from error
 
     @torch.no_grad()

@@ -40,6 +40,7 @@ from gemscope.core.errors import (
     ModelNotFoundError,
     StorageError,
     UnsupportedModelError,
+    reason,
 )
 from gemscope.core.files import read_json
 
@@ -125,7 +126,7 @@ def load_model(
                 f"{name!r} does not fit into the device's memory; use dtype='bf16' or device_map='auto'."
             ) from error
         raise FormatError(
-            f"the model in {checkpoint.folder} cannot be read ({_first_line(error)}); fetch it again."
+            f"the model in {checkpoint.folder} cannot be read ({reason(error)}); fetch it again."
         ) from error
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing:
@@ -145,7 +146,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise FormatError(
-            f"the tokenizer in {checkpoint.folder} cannot be read ({_first_line(error)}); fetch it again,"
+            f"the tokenizer in {checkpoint.folder} cannot be read ({reason(error)}); fetch it again,"
             f" with its"
             " tokenizer.json (a tokenizer.model needs: pip install 'gemscope[hub]')."
         ) from error
@@ -173,7 +174,7 @@ def _checked(folder: Path, name: str) -> Path:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise FormatError(f"{path} is truncated or damaged ({_first_line(error)}); fetch it again.") from error
+            raise FormatError(f"{path} is truncated or damaged ({reason(error)}); fetch it again.") from error
     return folder
 
 
@@ -222,7 +223,7 @@ def _hub_errors(name: str, revision: str | None) -> Generator[None]:
         raise _unreachable(name) from error
     except OSError as error:
         raise StorageError(
-            f"{name!r} cannot be stored ({error.strerror or _first_line(error)}); free some space or set"
+            f"{name!r} cannot be stored ({error.strerror or reason(error)}); free some space or set"
             f" HF_HOME to another disk."
         ) from error
 
@@ -232,10 +233,6 @@ def _unreachable(name: str) -> HubUnreachableError:
         f"{name!r} is not on this machine and the hub cannot be reached; connect once to fetch it, or use"
         f" 'microworld-it'."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager

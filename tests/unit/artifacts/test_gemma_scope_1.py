@@ -154,3 +154,20 @@ def test_a_header_that_claims_more_than_is_there_allocates_nothing(tmp_path):
         archive.writestr("W_enc.npy", header.getvalue() + bytes(16))
     with pytest.raises(FormatError, match="header asks for"):
         formats.load(folder)
+
+
+def test_what_a_damaged_archive_makes_its_reader_say_is_cut_to_a_sentence(tmp_path):
+    folder = makers.folder_1(tmp_path / "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", makers.weights())
+    path = folder / "params.npz"
+    content = bytearray(path.read_bytes())
+    content[27] = 5  # the first array's name is now 1,280 bytes longer, most of them of its header
+    path.write_bytes(bytes(content))
+    with pytest.raises(FormatError, match="damaged") as caught:
+        formats.load(folder)
+    assert len(str(caught.value)) < len(str(path)) + 300
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("W\n" * 1000 + ".npy", b"\x93NUMPY\x09\x00")
+    with pytest.raises(FormatError, match="npy version") as caught:
+        formats.load(folder)
+    assert len(str(caught.value)) < len(str(path)) + 300
+    assert "\n" not in str(caught.value)
