@@ -226,7 +226,7 @@ class TensorFile:
             os.posix_fadvise(self._file.fileno(), start, length, advice)
 
     def _damaged(self, why: str) -> FormatError:
-        return FormatError(f"{self.path} is truncated or damaged ({why}); write or fetch it again.")
+        return FormatError(f"{self.path} is truncated or damaged ({why[:200]}); write or fetch it again.")
 
 
 class HeldTensors(TensorFile):
